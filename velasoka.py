@@ -447,6 +447,8 @@ class SimpleModel(nn.Module):
         self.c3 = _block(_conv(4 * f, 4 * f, 3), _conv(4 * f, 8 * f, 3))  # 256×4×4, 36
         self.c4 = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8 * f, 10, 1), nn.Flatten())  # 10, 60
 
+    memory_format = torch.channels_last  # what the loops lay images and weights out in; convolutions are faster so
+
     def forward(self, images):
         """Logits N×10 of images N×3×H×W."""
         return self.c4(self.c3(self.c2(self.c1(images))))
@@ -574,7 +576,7 @@ def _cpu_copy(model):
 def get_sgd_optimizer(model, lr=0.05, momentum=0.9):
     """SGD with Nesterov momentum and weight decay 5e-4; `lr` is the peak of the schedule that `start_cnn` makes."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, nesterov=momentum > 0, weight_decay=5e-4, fused=True)
+    return _Muon([{"params": parameters}], lr=lr, momentum=momentum, weight_decay=5e-4)
 
 
 def get_muon_optimizer(model, lr=0.1):
@@ -585,47 +587,55 @@ def get_muon_optimizer(model, lr=0.1):
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     dense = {layer.weight for layer in model.modules() if isinstance(layer, nn.Conv2d) and layer.groups == 1}
     last = [parameter for parameter in parameters if parameter.ndim > 1][-1:]
-    filters = [parameter for parameter in parameters if parameter in dense - set(last)]
+    filters = [parameter for parameter in parameters if parameter in dense.difference(last)]
     others = [parameter for parameter in parameters if parameter not in set(filters)]
-    groups = [{"params": filters, "muon": True, "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}]
-    groups += [{"params": others, "muon": False}]
-    groups = [group for group in groups if group["params"]]
-    return _Muon(groups, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
+    groups = [{"params": filters, "muon": True, "momentum": 0.8, "weight_decay": 0.0}, {"params": others}]
+    return _Muon([group for group in groups if group["params"]], lr=lr, momentum=0.9, weight_decay=5e-4)
 
 
-class _Muon(torch.optim.SGD):
-    """SGD whose groups marked `muon` move by orthogonal matrices: the momentum of each filter bank, orthogonalised.
+class _Muon(torch.optim.Optimizer):
+    """SGD with Nesterov momentum and weight decay, whose groups marked `muon` move by orthogonal matrices.
 
-    All directions of a filter bank then learn at the same pace, rare ones too, which takes fewer epochs than SGD's
-    steps, dominated by a few directions. A bank keeps the norm √(output channels), so `lr` sets the angle it turns by.
-    From Jordan et al., https://kellerjordan.github.io/posts/muon, as used in airbench94_muon,
-    https://github.com/KellerJordan/cifar10-airbench. It replaces the gradients of the filters, and SGD takes the step.
+    There the update of a filter bank, output channels × the rest, is orthogonalised: all its directions then learn at
+    the same pace, rare ones too, which takes fewer epochs than steps that a few directions dominate. The bank keeps the
+    norm √(output channels), so `lr` sets the angle it turns by. From Jordan et al.,
+    https://kellerjordan.github.io/posts/muon, as used in airbench94_muon, https://github.com/KellerJordan/cifar10-airbench.
     """
 
-    MOMENTUM = 0.6
+    _step_supports_amp_scaling = True  # `step` takes scaled gradients, so a `GradScaler` need not wait for the device
+
+    def __init__(self, groups, lr, momentum, weight_decay):
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "muon": False})
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step; where a `GradScaler` refuses it, parameters and momentum stay as they are, the host unasked."""
+        """One step; where a `GradScaler` refuses it, because gradients overflowed, all stays as it is."""
         loss = torch.enable_grad()(closure)() if closure else None
-        scale, refused = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for weight in (weight for group in self.param_groups if group["muon"] for weight in group["params"]):
-            if weight.grad is None:
-                continue
-            gradient = weight.grad if scale is None else weight.grad / scale
-            momentum = self.state[weight].setdefault("muon_momentum", torch.zeros_like(weight))
-            new_momentum = self.MOMENTUM * momentum + gradient
-            new_weight = weight * (len(weight) ** 0.5 / weight.norm().clamp(min=1e-7))
-            if refused is not None:
-                new_momentum = torch.where(refused.bool(), momentum, new_momentum)
-                new_weight = torch.where(refused.bool(), weight, new_weight)
-            momentum.copy_(new_momentum)
-            weight.copy_(new_weight)
-            weight.grad = _orthogonalise(gradient + self.MOMENTUM * momentum)  # Nesterov: one step ahead
-            if scale is not None:
-                weight.grad *= scale  # SGD divides it out again
-        super().step()
+        scale, refused = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # set by a `GradScaler`
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    gradient = weight.grad if scale is None else weight.grad / scale
+                    self._move(weight, gradient, refused, **group)
         return loss
+
+    def _move(self, weight, gradient, refused, lr, momentum, weight_decay, muon, **_):
+        """Move `weight` by one step, unless `refused`, a scalar on the device, is true."""
+        state = self.state[weight]
+        old_average = state["momentum"] if state else torch.zeros_like(weight)
+        gradient = gradient.add(weight, alpha=weight_decay)
+        average = gradient.add(old_average, alpha=momentum)
+        update = gradient.add(average, alpha=momentum)  # Nesterov: one step ahead
+        new_weight = weight
+        if muon:
+            update = _orthogonalise(update)
+            new_weight = weight * (len(weight) ** 0.5 / weight.norm().clamp(min=1e-7))
+        new_weight = new_weight.sub(update, alpha=lr)
+        if refused is not None:
+            average = torch.where(refused.bool(), old_average, average)
+            new_weight = torch.where(refused.bool(), weight, new_weight)
+        state["momentum"] = average
+        weight.copy_(new_weight)
 
 
 def _orthogonalise(filters, steps=3):
@@ -685,14 +695,16 @@ class _Pass:
     The sums stay on the device: reading them makes the host wait for it, so that is done twice a second and at the end.
     """
 
-    def __init__(self, word, data_loader, device, progress, optimizer=None, max_overflows=0):
-        self.word, self.device, self.optimizer, self.max_overflows = word, device, optimizer, max_overflows
+    def __init__(self, word, model, data_loader, device, progress, optimizer=None, max_overflows=0):
+        self.word, self.optimizer, self.max_overflows = word, optimizer, max_overflows
+        self.device, self.memory_format = device, _memory_format(model)
         self.data_loader, self.note = data_loader, getattr(data_loader, "note", "")
         self.sums = torch.zeros(2, device=device)  # loss, correct predictions
         self.overflows = torch.zeros((), device=device)  # batches in a row, up to now, whose loss is not finite
         self.total, self.batches, self.start = 0, 0, time.perf_counter()
         self.next_read = self.start
         self.bar = tqdm(
+            desc=f"{word}{self.note}",
             total=len(data_loader) if hasattr(data_loader, "__len__") else None,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
             disable=not progress,
@@ -703,7 +715,7 @@ class _Pass:
     def __iter__(self):
         with self.bar:
             for images, labels in self.data_loader:
-                yield images.to(self.device, memory_format=torch.channels_last), labels.to(self.device)
+                yield images.to(self.device, memory_format=self.memory_format), labels.to(self.device)
             if self.total:
                 self._read()
 
@@ -737,6 +749,17 @@ class _Pass:
         return EpochResult(self.loss, self.accuracy, int(self.correct), self.total, time.perf_counter() - self.start)
 
 
+def _memory_format(model):
+    """How images and weights are laid out: as `model` says, else the default, which `view` in a forward may rely on."""
+    return getattr(model, "memory_format", torch.contiguous_format)
+
+
+def _place(model, device):
+    """Move `model` to `device`, in the layout it computes in, and give `device` as a `torch.device`."""
+    model.to(device, memory_format=_memory_format(model))
+    return torch.device(device)
+
+
 def train_cnn(model, data_loader, loss_fn, optimizer, device, *, scheduler=None, scaler=None, progress=True):
     """Train `model` for one epoch on any iterable of `(images N×3×H×W, labels N)` batches; gives its `EpochResult`.
 
@@ -746,11 +769,14 @@ def train_cnn(model, data_loader, loss_fn, optimizer, device, *, scheduler=None,
 
     Raises FloatingPointError naming the batch from which on the loss was not finite.
     """
-    device = torch.device(device)
-    model.to(device, memory_format=torch.channels_last).train()
+    device = _place(model, device)
+    model.train()
     scaler = scaler or _make_scaler(device)
-    refused, held = 0, _refused_steps(scaler)
-    batches = _Pass("Train", data_loader, device, progress, optimizer, max_overflows=20 if scaler.is_enabled() else 0)
+    refused = _refused_steps(scaler)
+    held = getattr(scaler, "held", refused)
+    batches = _Pass(
+        "Train", model, data_loader, device, progress, optimizer, max_overflows=20 if scaler.is_enabled() else 0
+    )
     for images, labels in batches:
         optimizer.zero_grad()
         with _autocast(device):
@@ -759,12 +785,13 @@ def train_cnn(model, data_loader, loss_fn, optimizer, device, *, scheduler=None,
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        if refused > held:  # a step that the scaler refused does not count in the schedule
+        if refused > held:  # a step that the scaler refused does not count in the schedule, which waits for one instead
             held += 1
         elif scheduler is not None:
             scheduler.step()
         if batches.add(loss, logits, labels):
             refused = _refused_steps(scaler)
+    scaler.held = held
     return batches.result()
 
 
@@ -784,9 +811,8 @@ def test_cnn(model, data_loader, device, *, tta=False, progress=True):
 
     With `tta`, test-time augmentation: the logits are the mean over six views of each image.
     """
-    device = torch.device(device)
-    model.to(device, memory_format=torch.channels_last)
-    batches = _Pass("Test", data_loader, device, progress)
+    device = _place(model, device)
+    batches = _Pass("Test", model, data_loader, device, progress)
     with _evaluation(model):
         for images, labels in batches:
             logits = _logits(model, images, tta)
@@ -799,14 +825,16 @@ test_cnn.__test__ = False  # not one of pytest's, also where a test file imports
 
 def predict(model, data_loader, device, *, tta=False):
     """The logits (float N×10) and labels (int64 N) of all batches of `data_loader`, in its order, on the CPU."""
-    device = torch.device(device)
-    model.to(device, memory_format=torch.channels_last)
+    device = _place(model, device)
     with _evaluation(model):
-        pairs = [(_logits(model, images.to(device), tta), labels.to(device)) for images, labels in data_loader]
-    if not pairs:
+        batches = [
+            (_logits(model, images.to(device, memory_format=_memory_format(model)), tta), labels.to(device))
+            for images, labels in data_loader
+        ]
+    if not batches:
         raise ValueError("data_loader gives no batches")
-    logits, labels = zip(*pairs, strict=True)
-    return torch.cat(logits).cpu(), torch.cat(labels).cpu()
+    logits, labels = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
+    return logits, labels
 
 
 def _logits(model, images, tta):
@@ -862,8 +890,7 @@ def start_cnn(
 
     Raises ValueError where the checkpoint cannot be read or belongs to another run.
     """
-    device, (train_loader, test_loader) = torch.device(device), data_loader
-    model.to(device, memory_format=torch.channels_last)
+    device, (train_loader, test_loader) = _place(model, device), data_loader
     scheduler = scheduler or _triangle(optimizer, epochs * len(train_loader))
     history, scaler, best = History(), _make_scaler(device), {}
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
@@ -910,7 +937,7 @@ def _triangle(optimizer, steps):
     warm_up = max(1, round(0.02 * steps))
 
     def factor(step):
-        return min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up), 1.0)
+        return min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -931,11 +958,15 @@ def load_model(model, path, device=None):
 
     Raises FileNotFoundError where there is no file, ValueError where it holds anything but weights of this model.
     """
-    weights = _read(path)
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not the weights of a {type(model).__name__} ({_first_line(error)})") from error
+    weights, expected = _read(path), {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = (
+        {name: getattr(tensor, "shape", None) for name, tensor in weights.items()} if isinstance(weights, dict) else {}
+    )
+    for name in [*expected, *found]:
+        if found.get(name) != expected.get(name):
+            shapes = f"{name}: {found.get(name)} instead of {expected.get(name)}"
+            raise ValueError(f"{path}: not the weights of a {type(model).__name__} ({shapes})")
+    model.load_state_dict(weights)
     return model if device is None else model.to(device)
 
 
@@ -1061,7 +1092,7 @@ def _grid(images, titles, columns, mean, std):
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, images, titles, strict=False):
-        axis.imshow(image)
+        axis.imshow(image.numpy())
         axis.set_title(title, fontsize=8)
     plt.close(figure)  # or Jupyter would draw it a second time
     return figure

@@ -1,0 +1,68 @@
+"""What several test files need: the device, small data sets, small models."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import velasoka
+
+
+@pytest.fixture(scope="session")
+def device():
+    return velasoka.get_available_device()
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    """Nothing that a test writes lands in the checkout, and no test finds data by chance."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    """A small synthetic pair of datasets."""
+    return velasoka.get_synthetic_dataset(200, 70)
+
+
+@pytest.fixture
+def loaders(pictures, device):
+    return velasoka.get_cifar10_data_loader(pictures, 32, device=device)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return velasoka.DilatedDepthwiseModel(fm_size=4)
+
+
+def random_images(number, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (number, 32, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def image_folders(tmp_path):
+    """Image folders of 3 training and 2 test images a class, as PNG so that no pixel changes."""
+    for split, number in (("train", 3), ("test", 2)):
+        images = random_images(10 * number, seed=number).reshape(10, number, 32, 32, 3)
+        for name, of_class in zip(velasoka.CIFAR10_CLASSES, images, strict=True):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for index, image in enumerate(of_class):
+                Image.fromarray(image).save(folder / f"{index:04}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def batches_folder(tmp_path):
+    """A tiny `cifar-10-batches-py`: five training batches of 4 images and a test batch of 6."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for index, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        images = random_images(6 if name == "test_batch" else 4, seed=index)
+        labels = [(index + i) % 10 for i in range(len(images))]
+        batch = {"data": images.transpose(0, 3, 1, 2).reshape(-1, 3072), "labels": labels}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    return tmp_path

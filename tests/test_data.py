@@ -1,0 +1,300 @@
+import http.server
+import pickle
+import random
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_images
+from PIL import Image
+from torch.utils.data import Subset
+
+import velasoka
+
+# --- Reading ---
+
+
+def test_reads_image_folders_in_label_order(image_folders):
+    train, test = velasoka.get_cifar10_dataset(root=image_folders)
+    assert train.data.shape == (30, 32, 32, 3)
+    assert train.data.dtype == np.uint8
+    assert train.targets == [label for label in range(10) for _ in range(3)]
+    assert np.array_equal(test.data, random_images(20, seed=2))
+    assert tuple(test.classes) == velasoka.CIFAR10_CLASSES
+
+
+def test_reads_cifar_10_batches_py(batches_folder):
+    train, test = velasoka.get_cifar10_dataset(root=str(batches_folder))
+    assert np.array_equal(train.data[4:8], random_images(4, seed=1))
+    assert train.targets[4:8] == [1, 2, 3, 4]
+    assert np.array_equal(test.data, random_images(6, seed=5))
+    assert (len(train), len(test)) == (20, 6)
+
+
+def test_items_are_normalised_with_the_mean_and_std_given(image_folders):
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    _, test = velasoka.get_cifar10_dataset(mean, std, root=image_folders)
+    image, label = test[3]
+    expected = (torch.tensor(test.data[3] / 255.0) - torch.tensor(mean)) / torch.tensor(std)
+    torch.testing.assert_close(image, expected.permute(2, 0, 1).float())
+    assert label == 1
+    assert isinstance(label, int)
+
+
+def test_ignores_what_is_no_image(image_folders):
+    (image_folders / "train" / "cat" / "Thumbs.db").write_bytes(b"")
+    (image_folders / "train" / ".ipynb_checkpoints").mkdir()
+    assert len(velasoka.get_cifar10_dataset(root=image_folders)[0]) == 30
+
+
+def remove(folder):
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("harm", "named"),
+    [
+        (lambda root: (root / "train" / "mouse").mkdir(), "mouse"),
+        (lambda root: remove(root / "test" / "ship"), "ship"),
+        (lambda root: [path.unlink() for path in (root / "train" / "deer").iterdir()], "deer"),
+        (lambda root: (root / "train" / "frog" / "0001.png").write_bytes(b"no picture"), "0001.png"),
+        (lambda root: (root / "train" / "frog" / "0001.jpg").write_bytes(b""), "0001.jpg"),
+        (lambda root: Image.new("RGB", (28, 30)).save(root / "test" / "dog" / "0001.png"), "28×30"),
+        (lambda root: (root / "test").rename(root / "tests"), "test: no such folder"),
+    ],
+)
+def test_a_wrong_image_folder_is_named_in_one_line(image_folders, harm, named):
+    harm(image_folders)
+    with pytest.raises(ValueError, match=named) as error:
+        velasoka.get_cifar10_dataset(root=image_folders)
+    assert "\n" not in str(error.value)
+
+
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path("exploded"),)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"torn",
+        pickle.dumps([1, 2]),
+        pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0]}),
+        pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 10]}),
+        pickle.dumps({"data": np.zeros((2, 3071), np.uint8), "labels": [0, 1]}),
+        pickle.dumps(Bomb()),
+    ],
+)
+def test_a_wrong_batch_is_named_and_its_code_never_runs(batches_folder, content):
+    (batches_folder / "cifar-10-batches-py" / "data_batch_3").write_bytes(content)
+    with pytest.raises(ValueError, match="data_batch_3"):
+        velasoka.get_cifar10_dataset(root=batches_folder)
+    assert not Path("exploded").exists()
+
+
+def test_nothing_there_and_no_download_says_what_was_looked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match="cifar-10-batches-py"):
+        velasoka.get_cifar10_dataset(root=tmp_path / "empty", download=False)
+
+
+# --- Getting ---
+
+
+@pytest.fixture
+def archive(batches_folder, tmp_path, monkeypatch):
+    """The tiny data set as an archive that passes for the published one, and no folder."""
+    folder, path = batches_folder / "cifar-10-batches-py", tmp_path / "served" / "cifar-10-python.tar.gz"
+    path.parent.mkdir()
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(folder, arcname=folder.name)
+    digest = velasoka.datasets.utils.calculate_md5
+    monkeypatch.setattr(velasoka, "_ARCHIVE_MD5", digest(path))
+    for word, names in (("train_list", [f"data_batch_{i}" for i in range(1, 6)]), ("test_list", ["test_batch"])):
+        monkeypatch.setattr(velasoka.datasets.CIFAR10, word, [[name, digest(folder / name)] for name in names])
+    remove(folder)
+    return path
+
+
+@pytest.fixture
+def mirror(archive):
+    """A server on loopback that serves the archive: /whole, /half of it and then closed, /wrong; all answer ranges."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            content = archive.read_bytes()
+            if self.path not in ("/whole", "/half", "/wrong"):
+                self.send_error(404)
+                return
+            start = int((self.headers["Range"] or "bytes=0-")[6:-1])
+            asked.append((self.path, start))
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            body = content[start : len(content) // 2] if self.path == "/half" else content[start:]
+            self.wfile.write(body if self.path != "/wrong" else bytes(len(body)))
+
+        def log_message(self, *_):
+            pass
+
+    asked = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked, server.address = asked, f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_takes_the_first_mirror_that_delivers_and_goes_on_from_what_is_there(mirror, archive, tmp_path):
+    urls = [mirror.address + path for path in ("/missing", "/wrong", "/half", "/whole")]
+    folder = velasoka.download_cifar10(tmp_path / "new", mirrors=urls)
+    assert sorted(path.name for path in folder.iterdir())[0] == "data_batch_1"
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["cifar-10-batches-py", "cifar-10-python.tar.gz"]
+    assert mirror.asked == [("/wrong", 0), ("/half", 0), ("/whole", archive.stat().st_size // 2)]
+    assert velasoka.download_cifar10(tmp_path / "new", mirrors=[]) == folder  # verified, not fetched again
+
+
+def test_the_next_call_goes_on_too(mirror, archive, tmp_path):
+    with pytest.raises(ConnectionError, match="broke off"):
+        velasoka.download_cifar10(tmp_path, mirrors=[mirror.address + "/half"])
+    velasoka.download_cifar10(tmp_path, mirrors=[mirror.address + "/whole"])
+    assert mirror.asked[-1] == ("/whole", archive.stat().st_size // 2)
+
+
+def test_the_error_names_each_source_with_its_reason_and_the_way_out(mirror, tmp_path):
+    urls = [mirror.address + "/missing", mirror.address + "/wrong", "http://127.0.0.1:1/refused"]
+    with pytest.raises(ConnectionError) as error:
+        velasoka.download_cifar10(tmp_path, mirrors=urls)
+    reasons = str(error.value).splitlines()
+    assert "404" in reasons[1]
+    assert "md5" in reasons[2]
+    assert "refused" in reasons[3].partition("/refused")[2]
+    assert str(tmp_path) in reasons[-1]
+    assert not any(path.suffix == ".gz" for path in tmp_path.iterdir())
+
+
+def test_an_archive_in_the_folder_is_used_without_a_network(archive, tmp_path):
+    root = tmp_path / "served"
+    train, _ = velasoka.get_cifar10_dataset(root=root, download=False)
+    assert len(train) == 20
+
+
+def test_a_damaged_folder_is_not_taken_for_the_published_one(batches_folder):
+    with pytest.raises(ValueError, match="data_batch_1"):
+        velasoka.download_cifar10(batches_folder, mirrors=[])
+
+
+# --- Drawing ---
+
+
+def test_synthetic_pictures_come_in_ten_classes_of_their_own_the_same_for_the_same_seed(pictures):
+    train, test = pictures
+    assert (len(train), len(test)) == (200, 70)
+    assert train.data.shape == (200, 32, 32, 3)
+    assert train.data.dtype == np.uint8
+    assert np.bincount(train.targets).tolist() == [20] * 10
+    assert len(set(train.classes)) == 10
+    assert not set(train.classes) & set(velasoka.CIFAR10_CLASSES)
+    again, _ = velasoka.get_synthetic_dataset(200, 70)
+    other, _ = velasoka.get_synthetic_dataset(200, 70, seed=7)
+    assert np.array_equal(train.data, again.data)
+    assert not np.array_equal(train.data, other.data)
+    assert not np.array_equal(train.data[:70], test.data)
+
+
+def test_synthetic_pictures_are_no_task_for_a_linear_classifier():
+    train, test = velasoka.get_synthetic_dataset(4000, 500)
+    pixels, unseen = (torch.tensor(part.data.reshape(len(part), -1) / 255.0 - 0.5) for part in (train, test))
+    targets = torch.nn.functional.one_hot(torch.tensor(train.targets)).double()
+    weights = torch.linalg.solve(pixels.T @ pixels + 100 * torch.eye(3072), pixels.T @ targets)
+    accuracy = ((unseen @ weights).argmax(1) == torch.tensor(test.targets)).double().mean()
+    assert accuracy < 0.5
+
+
+# --- Loading ---
+
+
+def batches_of(loader):
+    return [(images.cpu().clone(), labels.cpu()) for images, labels in loader]
+
+
+def epoch(loader):
+    images, labels = zip(*batches_of(loader), strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def test_batches_have_the_shape_type_and_place_that_a_model_takes(pictures, device):
+    train, test = velasoka.get_cifar10_data_loader(pictures, batch_size=32)
+    assert (len(train), len(test)) == (7, 3)
+    assert [len(labels) for _, labels in test] == [32, 32, 6]
+    for images, labels in (next(iter(train)), next(iter(test))):
+        assert images.shape == (32, 3, 32, 32)
+        assert images.dtype == torch.float32
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert labels.dtype == torch.int64
+        assert images.device.type == labels.device.type == device.type
+
+
+def test_test_loader_keeps_the_order_and_gives_what_the_dataset_gives(device):
+    dataset = velasoka.get_synthetic_dataset(10, 70, mean=(0.1, 0.2, 0.3), std=(0.9, 0.8, 0.7))
+    images, labels = epoch(velasoka.get_cifar10_data_loader(dataset, 32, device=device)[1])
+    expected, targets = zip(*dataset[1], strict=True)
+    torch.testing.assert_close(images, torch.stack(expected))
+    assert labels.tolist() == list(targets)
+
+
+def test_same_seed_same_batches_whatever_else_draws_random_numbers(pictures, device):
+    one, same, other = (velasoka.get_cifar10_data_loader(pictures, device=device, seed=seed)[0] for seed in (1, 1, 2))
+    for _ in range(2):
+        images, labels = epoch(one)
+        torch.rand(3), np.random.rand(3), random.random()
+        again, again_labels = epoch(same)
+        assert torch.equal(images, again)
+        assert torch.equal(labels, again_labels)
+        assert not torch.equal(images, epoch(other)[0])
+
+
+def test_each_epoch_is_shuffled_and_augmented_anew_and_sees_each_image_once(pictures, device):
+    plain = velasoka.get_cifar10_data_loader(pictures, device=device, augment=False)[0]
+    first, second = epoch(plain), epoch(plain)
+    assert not torch.equal(first[1], second[1])
+    assert {image.numpy().tobytes() for image in first[0]} == {image.numpy().tobytes() for image in second[0]}
+    augmented = velasoka.get_cifar10_data_loader(pictures, device=device)[0]
+    one, another = ({image.numpy().tobytes() for image in epoch(augmented)[0]} for _ in range(2))
+    assert len(one & another) < 20
+
+
+def test_augmented_images_are_mirrored_and_moved_with_a_reflected_border_under_their_own_label(device):
+    train, test = velasoka.get_synthetic_dataset(400, 10)
+    padded = np.pad(train.data, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
+    views = [padded[:, y : y + 32, x : x + 32] for y in range(5) for x in range(5)]
+    views += [view[:, :, ::-1] for view in views]
+    origin = {
+        image.tobytes(): (view, label)
+        for view, images in enumerate(views)
+        for image, label in zip(images, train.targets, strict=True)
+    }
+    images, labels = epoch(velasoka.get_cifar10_data_loader((train, test), 50, device=device)[0])
+    mean, std = (torch.tensor(value) * 255 for value in (velasoka.CIFAR10_MEAN, velasoka.CIFAR10_STD))
+    pixels = (images.permute(0, 2, 3, 1) * std + mean).round().to(torch.uint8).numpy()
+    found = [origin[image.tobytes()] for image in pixels]
+    assert [label for _, label in found] == labels.tolist()
+    assert {view for view, _ in found} == set(range(50))
+
+
+def test_takes_subsets_and_torchvision_like_datasets(pictures, device):
+    class Other:
+        data, targets, transform = pictures[0].data, pictures[0].targets, pictures[0].transform
+
+    subset = Subset(Subset(pictures[0], range(0, 200, 2)), [5, 7, 9])
+    _, loader = velasoka.get_cifar10_data_loader((Other(), subset), device=device)
+    images, labels = epoch(loader)
+    assert labels.tolist() == [pictures[0].targets[index] for index in (10, 14, 18)]
+    torch.testing.assert_close(images[2], pictures[0][18][0])

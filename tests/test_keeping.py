@@ -1,0 +1,138 @@
+import math
+import pickle
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import velasoka
+
+# --- Weights ---
+
+
+def test_weights_come_back_as_they_were_saved(model, device, tmp_path):
+    path = tmp_path / "new folder" / "net.pt"
+    velasoka.save_model(model.to(device), path)
+    other = velasoka.DilatedDepthwiseModel(fm_size=4)
+    assert velasoka.load_model(other, str(path), device) is other
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name])
+    assert next(other.parameters()).device.type == device.type
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_write_that_breaks_off_leaves_the_file_that_was_there(model, tmp_path, monkeypatch):
+    path = tmp_path / "net.pt"
+    velasoka.save_model(model, path)
+    before = path.read_bytes()
+
+    def break_off(content, file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        velasoka.save_model(velasoka.SimpleModel(fm_size=2), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path("exploded"),)
+
+
+def saved(content):
+    torch.save(content, "made.pt")
+    return Path("made.pt").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda: b"",
+        lambda: b"no weights",
+        lambda: saved(velasoka.DilatedDepthwiseModel(fm_size=4).state_dict())[:-1000],
+        lambda: saved(velasoka.SimpleModel(fm_size=4).state_dict()),
+        lambda: saved([1, 2]),
+        lambda: saved(Bomb()),
+        lambda: pickle.dumps(Bomb()),
+    ],
+)
+def test_a_file_that_holds_no_weights_of_this_model_is_refused_in_one_line_and_runs_nothing(content, model):
+    Path("net.pt").write_bytes(content())
+    before = [tensor.clone() for tensor in model.state_dict().values()]
+    with pytest.raises(ValueError, match=r"net\.pt: not ") as error:
+        velasoka.load_model(model, "net.pt")
+    assert "\n" not in str(error.value)
+    assert not Path("exploded").exists()
+    assert all(torch.equal(old, new) for old, new in zip(before, model.state_dict().values(), strict=True))
+
+
+def test_a_missing_file_is_named(model):
+    with pytest.raises(FileNotFoundError, match=r"net\.pt"):
+        velasoka.load_model(model, "net.pt")
+
+
+def test_drive_path_warns_only_where_the_drive_is_not_mounted(monkeypatch):
+    path = "/content/gdrive/My Drive/Colab Notebooks/EVA4/Session-7/net.pt"
+    with pytest.warns(UserWarning, match="not mounted"):
+        assert velasoka.get_drive_path("Session-7", "net.pt") == path
+    monkeypatch.setattr(velasoka.os.path, "ismount", lambda path: path == "/content/gdrive")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert velasoka.get_drive_path("Session-7", "net.pt") == path
+
+
+# --- Pictures ---
+
+
+def titles(figure):
+    return [axis.get_title() for axis in figure.axes if axis.get_title()]
+
+
+def test_show_images_draws_each_image_as_it_is_under_its_class(pictures, loaders):
+    dataset = pictures[1]
+    images, labels = next(iter(loaders[1]))
+    for figure in (
+        velasoka.show_images(images, labels, dataset.classes, columns=5),
+        velasoka.show_images(dataset.data[:32], dataset.targets[:32], dataset.classes, columns=5),
+    ):
+        assert isinstance(figure, Figure)
+        assert titles(figure) == [dataset.classes[label] for label in labels]
+        drawn = torch.as_tensor(figure.axes[7].images[0].get_array()).double()
+        drawn = drawn / 255 if drawn.max() > 1 else drawn
+        torch.testing.assert_close(drawn, torch.tensor(dataset.data[7] / 255.0), atol=1e-3, rtol=0)
+
+
+def test_show_misclassified_shows_the_surest_mistakes_first(pictures):
+    dataset = pictures[1]
+    logits = torch.nn.functional.one_hot(torch.tensor(dataset.targets), 10) * 10.0
+    logits[3], logits[5] = torch.eye(10)[0] * 2, torch.eye(10)[1] * 5
+    figure = velasoka.show_misclassified(dataset.data, dataset.targets, logits, dataset.classes)
+    names = dataset.classes
+    assert [title.partition(" (")[0] for title in titles(figure)] == [
+        f"{names[5]}, taken for\n{names[1]}",
+        f"{names[3]}, taken for\n{names[0]}",
+    ]
+
+
+def test_plot_history_draws_accuracy_and_loss_of_one_run_or_several():
+    results = [velasoka.EpochResult(2.0, 10.0, 1, 10, 1.0), velasoka.EpochResult(1.0, 30.0, 3, 10, 1.0)]
+    history = velasoka.History(results, results)
+    accuracy, loss = velasoka.plot_history(history).axes
+    assert [list(line.get_ydata()) for line in accuracy.lines] == [[10, 30]] * 2
+    assert [list(line.get_ydata()) for line in loss.lines] == [[2, 1]] * 2
+    assert list(loss.lines[0].get_xdata()) == [1, 2]
+    assert len(velasoka.plot_history({"one": history, "two": history}).axes[0].lines) == 4
+
+
+def test_confusion_matrix_and_accuracy_by_class():
+    labels, predictions = [0, 0, 0, 1], torch.tensor([0, 0, 1, 1])
+    assert velasoka.per_class_accuracy(labels, predictions, "ab") == {"a": pytest.approx(200 / 3), "b": 100.0}
+    assert math.isnan(velasoka.per_class_accuracy(labels, predictions, "abc")["c"])
+    axis = velasoka.plot_confusion_matrix(labels, predictions, ["cat", "dog"]).axes[0]
+    assert [text.get_text() for text in axis.texts] == ["2", "1", "0", "1"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["cat", "dog"]

@@ -1,0 +1,451 @@
+import copy
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import velasoka
+from velasoka import *  # noqa: F403  # what notebooks do; pytest must not take test_cnn for a test
+
+QUIET = {"progress": False}
+
+
+def linear_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+
+
+def train(model, loaders, device, epochs=2, **options):
+    optimizer = velasoka.get_muon_optimizer(model)
+    return velasoka.start_cnn(model, optimizer, velasoka.get_ce_loss(), loaders, device, epochs, **QUIET | options)
+
+
+def weights_of(model):
+    return torch.cat([tensor.flatten().double().cpu() for tensor in model.state_dict().values()])
+
+
+def random_batches(sizes=(4, 4, 2), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(size, 3, 32, 32, generator=generator), torch.randint(10, (size,), generator=generator))
+        for size in sizes
+    ]
+
+
+# --- Learning ---
+
+
+@pytest.mark.parametrize("get_optimizer", [velasoka.get_muon_optimizer, velasoka.get_sgd_optimizer])
+def test_learns_the_synthetic_pictures(get_optimizer, device):
+    velasoka.seed_everything()
+    loaders = velasoka.get_cifar10_data_loader(velasoka.get_synthetic_dataset(5000, 500), device=device)
+    model = velasoka.SimpleModel(fm_size=12)
+    loss_fn = velasoka.get_ce_loss()
+    history = velasoka.start_cnn(model, get_optimizer(model), loss_fn, loaders, device, 6, target_accuracy=90, **QUIET)
+    assert history.best_accuracy >= 90
+    assert history.status == "target reached"
+
+
+def test_the_notebook_cell_of_the_first_version_runs_unchanged(pictures, device, monkeypatch, tmp_path, capsys):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 5)
+            self.fc = nn.Linear(6 * 14 * 14, 10)
+
+        def forward(self, x):
+            return self.fc(torch.relu(nn.functional.max_pool2d(self.conv(x), 2)).view(-1, 6 * 14 * 14))
+
+    monkeypatch.setattr(velasoka, "get_cifar10_dataset", lambda: pictures)
+    path = velasoka.get_drive_path
+    monkeypatch.setattr(velasoka, "get_drive_path", lambda folder, filename: f"{tmp_path}/{path(folder, filename)}")
+    net = Net()
+
+    dataset = velasoka.get_cifar10_dataset()
+    data_loader = velasoka.get_cifar10_data_loader(dataset=dataset)
+    optimizer = velasoka.get_sgd_optimizer(model=net)
+    loss_fn = velasoka.get_ce_loss()
+    velasoka.model_summary(model=net, input_size=(3, 32, 32), device=device)
+    velasoka.start_cnn(
+        model=net, optimizer=optimizer, loss_fn=loss_fn, data_loader=data_loader, device=device, epochs=8
+    )
+    with pytest.warns(UserWarning, match="not mounted"):
+        velasoka.save_model(model=net, path=velasoka.get_drive_path(folder="Session-7", filename="net.pt"))
+
+    printed = capsys.readouterr().out
+    for words in ("\nEPOCH: 1", "\nEPOCH: 8", "Train Accuracy=", "Test Accuracy=", "loss=", "lr="):
+        assert words in printed
+    saved = tmp_path / "content/gdrive/My Drive/Colab Notebooks/EVA4/Session-7/net.pt"
+    assert torch.equal(weights_of(velasoka.load_model(Net(), saved)), weights_of(net))
+
+
+def test_star_import_gives_the_whole_interface():
+    assert test_cnn is velasoka.test_cnn  # noqa: F405
+    assert test_cnn.__test__ is False  # noqa: F405
+    public = {name for name, value in vars(velasoka).items() if callable(value) and value.__module__ == "velasoka"}
+    assert {name for name in public if not name.startswith("_")} <= set(velasoka.__all__)
+    assert all(hasattr(velasoka, name) for name in velasoka.__all__)
+
+
+# --- Counting ---
+
+
+def test_every_image_weighs_the_same_in_a_last_batch_that_is_smaller(device):
+    batches, model = random_batches((4, 4, 2)), linear_model().to(device)
+    images, labels = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
+    logits = model(images).detach()
+    result = velasoka.test_cnn(model, batches, device, **QUIET)
+    assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=0.02)
+    assert result.correct == (logits.argmax(1) == labels).sum().item()
+    assert result.total == 10
+    assert result.accuracy == pytest.approx(10 * result.correct)
+    assert result.seconds > 0
+    frozen = torch.optim.SGD(model.parameters(), lr=0.0)
+    trained = velasoka.train_cnn(model, batches, nn.CrossEntropyLoss(), frozen, device, **QUIET)
+    assert (trained.loss, trained.correct) == (pytest.approx(result.loss, rel=1e-5), result.correct)
+
+
+def test_takes_an_ordinary_data_loader(pictures, model, device):
+    loaders = DataLoader(pictures[0], 64, shuffle=True), DataLoader(pictures[1], 64)
+    history = train(model, loaders, device, epochs=1)
+    assert (history.train[0].total, history.test[0].total) == (200, 70)
+
+
+@pytest.mark.parametrize("batches", [[], iter([])])
+def test_no_batches_is_an_error(batches, model, device):
+    with pytest.raises(ValueError, match="no batches"):
+        velasoka.test_cnn(model, batches, device, **QUIET)
+    with pytest.raises(ValueError, match="no batches"):
+        velasoka.predict(model, batches, device)
+
+
+# --- Testing ---
+
+
+def test_test_leaves_the_model_as_it_was(model, loaders, device):
+    model.to(device).train()
+    model.c2.eval()
+    modes, before = [module.training for module in model.modules()], weights_of(model)
+    velasoka.test_cnn(model, loaders[1], device, **QUIET)
+    velasoka.predict(model, loaders[1], device)
+    assert modes == [module.training for module in model.modules()]
+    assert torch.equal(before, weights_of(model))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_mode_comes_back_after_an_error_too(model, device):
+    model.train()
+    with pytest.raises(RuntimeError):
+        velasoka.predict(model, [(torch.zeros(2, 1, 32, 32), torch.zeros(2))], device)
+    assert model.training
+
+
+def test_predict_gives_what_test_counts_in_order(model, loaders, device):
+    logits, labels = velasoka.predict(model, loaders[1], device)
+    assert logits.shape == (70, 10)
+    assert logits.dtype == torch.float32
+    assert logits.device.type == labels.device.type == "cpu"
+    assert labels.tolist() == [index % 10 for index in range(70)]
+    result = velasoka.test_cnn(model, loaders[1], device, **QUIET)
+    assert (logits.argmax(1) == labels).sum().item() == result.correct
+
+
+def test_tta_averages_six_views(device):
+    model, batches = linear_model().to(device), random_batches((4,))
+    images = batches[0][0].to(device)
+    padded = nn.functional.pad(images, (1, 1, 1, 1), mode="reflect")
+    places = [images, images, padded[..., :32, :32], padded[..., 2:, 2:]]
+    expected = torch.stack([model(view) for place in places for view in (place, place.flip(-1))]).mean(0)
+    logits, _ = velasoka.predict(model, batches, device, tta=True)
+    torch.testing.assert_close(logits, expected.detach().cpu(), atol=0.05, rtol=0.05)
+
+
+# --- Epochs and schedule ---
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_trains_the_epochs_it_was_asked_for(epochs, model, loaders, device):
+    history = train(model, loaders, device, epochs)
+    assert len(history.train) == len(history.test) == epochs
+    assert history.status == "completed"
+    assert history.best_accuracy == max(result.accuracy for result in history.test)
+    assert history.test[history.best_epoch - 1].accuracy == history.best_accuracy
+
+
+def test_stops_after_the_epoch_that_reaches_the_target(model, loaders, device):
+    history = train(model, loaders, device, 3, target_accuracy=1)
+    assert len(history.test) == 1
+    assert history.status == "target reached"
+
+
+class Rates(torch.optim.SGD):
+    """SGD that notes the learning rate of every step."""
+
+    def step(self, closure=None):
+        self.rates = [*getattr(self, "rates", []), self.param_groups[0]["lr"]]
+        return super().step(closure)
+
+
+def test_the_learning_rate_warms_up_and_ends_near_zero_and_starts_afresh_in_a_second_run(device):
+    model, batches = linear_model(), random_batches((2,) * 50)
+    optimizer = Rates(model.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.rates = []
+        velasoka.start_cnn(model, optimizer, nn.CrossEntropyLoss(), (batches, batches[:1]), device, 2, **QUIET)
+        assert len(optimizer.rates) == 100
+        assert optimizer.rates[0] < max(optimizer.rates) == pytest.approx(0.1)
+        falling = optimizer.rates[optimizer.rates.index(max(optimizer.rates)) :]
+        assert all(one > another for one, another in itertools.pairwise(falling))
+        assert optimizer.rates[-1] < 0.002
+
+
+def test_a_scheduler_of_ones_own_is_stepped_every_batch(device):
+    model, batches = linear_model(), random_batches()
+    optimizer = Rates(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
+    options = {"scheduler": scheduler, **QUIET}
+    velasoka.start_cnn(model, optimizer, nn.CrossEntropyLoss(), (batches, batches), device, 2, **options)
+    assert optimizer.rates == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4, 2.5e-4])
+
+
+# --- Precision ---
+
+
+@pytest.fixture
+def float16(monkeypatch):
+    monkeypatch.setattr(velasoka, "_precision", lambda device: torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_trains_in_every_precision(dtype, pictures, device, monkeypatch):
+    monkeypatch.setattr(velasoka, "_precision", lambda device: dtype)
+    model = velasoka.DilatedDepthwiseModel(fm_size=4)
+    seen = []
+    model.c1[0].register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
+    history = train(model, velasoka.get_cifar10_data_loader(pictures, 32, device=device), device, 3)
+    assert set(seen) == {dtype}
+    assert history.train[-1].loss < history.train[0].loss
+    assert all(parameter.dtype is torch.float32 for parameter in model.parameters())
+
+
+def overflowing(loss_fn, at):
+    """`loss_fn`, infinite at the calls whose numbers, counted from 0, are in `at`."""
+    calls = itertools.count()
+    return lambda logits, labels: loss_fn(logits, labels) * (math.inf if next(calls) in at else 1)
+
+
+@pytest.mark.parametrize("get_optimizer", [velasoka.get_muon_optimizer, velasoka.get_sgd_optimizer])
+def test_a_step_that_overflows_in_float16_changes_nothing_and_does_not_count_in_the_schedule(
+    get_optimizer, float16, model, loaders, device
+):
+    model.to(device)
+    optimizer, scaler = get_optimizer(model), velasoka._make_scaler(device)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    before = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    loss_fn = overflowing(velasoka.get_ce_loss(), at=[0])
+    options = {"scheduler": scheduler, "scaler": scaler, **QUIET}
+    velasoka.train_cnn(model, [next(iter(loaders[0]))], loss_fn, optimizer, device, **options)
+    after = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    assert torch.equal(before, after)
+    assert not any(state["momentum"].any() for state in optimizer.state.values())
+    velasoka.train_cnn(model, loaders[0], velasoka.get_ce_loss(), optimizer, device, **options)
+    assert scheduler.last_epoch == 1 + len(loaders[0]) - 1
+
+
+def test_reads_the_device_a_few_times_a_second_at_most(float16, loaders, model, device, monkeypatch):
+    reads = []
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        read = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *args, read=read: reads.append(read) or read(*args))
+    batches = list(loaders[0]) * 3
+    result = velasoka.train_cnn(model, batches, nn.CrossEntropyLoss(), velasoka.get_muon_optimizer(model), device)
+    assert len(reads) <= 3 * (2 + 2 * result.seconds)  # sums and scale, at the start, at the end, twice a second
+
+
+# --- Muon ---
+
+
+def test_muon_turns_filters_by_orthogonal_steps_and_keeps_their_norm(device):
+    filters = torch.randn(16, 8, 3, 3, device=device)
+    values = torch.linalg.svdvals(velasoka._orthogonalise(filters, steps=5).flatten(1).float())
+    assert values.min() > 0.5
+    assert values.max() < 1.5
+    layer = nn.Conv2d(8, 16, 3).to(device)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(16 * 900, 10).to(device))
+    optimizer = velasoka.get_muon_optimizer(model, lr=0.01)
+    model(torch.randn(2, 8, 32, 32, device=device)).square().sum().backward()
+    optimizer.step()
+    assert layer.weight.norm().item() == pytest.approx(4, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)),
+        nn.Sequential(nn.Conv2d(3, 10, 32), nn.Flatten()),
+        nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.Conv2d(6, 4, 1), nn.Flatten(), nn.Linear(3600, 10)),
+        nn.Sequential(nn.Conv2d(3, 4, 3).requires_grad_(False), nn.Flatten(), nn.Linear(3600, 10)),
+    ],
+)
+def test_muon_takes_any_model_and_leaves_frozen_parameters_alone(model, device):
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    train(model, (random_batches(), random_batches()), device, 1)
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert torch.equal(old, new.cpu()) != new.requires_grad
+
+
+@pytest.mark.parametrize("get_optimizer", [velasoka.get_muon_optimizer, velasoka.get_sgd_optimizer])
+def test_optimisers_do_not_mind_how_weights_are_laid_out(get_optimizer, device):
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = velasoka.SimpleModel(fm_size=4).to(device, memory_format=memory_format)
+        optimizer = get_optimizer(model)
+        for _ in range(2):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, device=device)
+            optimizer.step()
+        results.append(weights_of(model))
+    torch.testing.assert_close(*results, atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("get_optimizer", [velasoka.get_muon_optimizer, velasoka.get_sgd_optimizer])
+def test_optimisers_go_on_from_their_state_dict(get_optimizer, model, device):
+    def step(net, optimizer, seed):
+        torch.manual_seed(seed)
+        optimizer.zero_grad()
+        net(torch.randn(4, 3, 32, 32, device=device)).square().sum().backward()
+        optimizer.step()
+
+    model.to(device)
+    one = get_optimizer(model)
+    step(model, one, 1)
+    twin = copy.deepcopy(model)
+    two = get_optimizer(twin, lr=3.0)
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    step(model, one, 2)
+    step(twin, two, 2)
+    assert torch.equal(weights_of(model), weights_of(twin))
+
+
+# --- Breaks ---
+
+
+class Breaking:
+    """Batches of a loader that raise `error` before batch `at`, both counted from 0 over all epochs."""
+
+    def __init__(self, loader, error, at):
+        self.loader, self.error, self.at, self.count = loader, error, at, 0
+        self.generator = getattr(loader, "generator", None)
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for batch in self.loader:
+            if self.count == self.at:
+                raise self.error
+            self.count += 1
+            yield batch
+
+
+def test_an_interrupt_gives_back_the_history_and_the_best_weights(model, loaders, device):
+    breaking = Breaking(loaders[0], KeyboardInterrupt(), at=len(loaders[0]) + 2)
+    with pytest.warns(UserWarning, match="interrupted in epoch 2 of 3"):
+        history = train(model, (breaking, loaders[1]), device, 3)
+    assert history.status == "interrupted"
+    assert len(history.train) == len(history.test) == 1
+    assert velasoka.test_cnn(model, loaders[1], device, **QUIET).correct == history.test[0].correct
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_loss_that_is_not_finite_stops_training_and_is_named(progress, model, loaders, device):
+    loss_fn = overflowing(velasoka.get_ce_loss(), at=[len(loaders[0]) + 2])
+    optimizer = velasoka.get_muon_optimizer(model)
+    with pytest.warns(UserWarning, match=r"epoch 2 of 3: .* since batch 3, lr=0\.\d+"):
+        history = velasoka.start_cnn(model, optimizer, loss_fn, loaders, device, 3, progress=progress)
+    assert history.status == "diverged"
+    assert len(history.test) == 1
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_single_overflow_in_float16_is_no_divergence(float16, model, loaders, device):
+    loss_fn = overflowing(velasoka.get_ce_loss(), at=[3])
+    history = velasoka.start_cnn(model, velasoka.get_muon_optimizer(model), loss_fn, loaders, device, 1, **QUIET)
+    assert history.status == "completed"
+    assert math.isfinite(history.train[0].loss)
+
+
+@pytest.mark.parametrize("own_loader", [True, False])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(own_loader, pictures, device):
+    class Noisy(velasoka.DilatedDepthwiseModel):
+        """Draws from every global random generator in training."""
+
+        def forward(self, images):
+            noise = (random.random() + np.random.rand()) * torch.rand(1).item() * self.training
+            return super().forward(images * (1 + noise))
+
+    def run(error_at=None, **options):
+        velasoka.seed_everything(1)
+        model = Noisy(fm_size=4)
+        if own_loader:
+            loader, test_loader = velasoka.get_cifar10_data_loader(pictures, 32, device=device)
+        else:
+            loader, test_loader = DataLoader(pictures[0], 32, shuffle=True), DataLoader(pictures[1], 32)
+        loader = Breaking(loader, KeyboardInterrupt(), error_at) if error_at else loader
+        history = train(model, (loader, test_loader), device, 3, **options)
+        return history, weights_of(model)
+
+    whole, weights = run()
+    with pytest.warns(UserWarning, match="interrupted in epoch 3"):
+        run(error_at=16, checkpoint_path="run.pt")
+    resumed, weights_again = run(checkpoint_path="run.pt", resume=True)
+    assert torch.equal(weights, weights_again) or device.type != "cpu"
+    assert [result.correct for result in resumed.train + resumed.test] == [r.correct for r in whole.train + whole.test]
+    assert (resumed.best_epoch, resumed.status) == (whole.best_epoch, "completed")
+    finished, weights_again = run(checkpoint_path="run.pt", resume=True)
+    assert torch.equal(weights, weights_again) or device.type != "cpu"
+    assert finished == resumed
+
+
+def test_resuming_another_run_is_refused_and_a_first_run_starts(model, loaders, device):
+    train(model, loaders, device, 1, checkpoint_path="run.pt", resume=True)
+    with pytest.raises(ValueError, match=r"run\.pt: was made with epochs=1, this run has epochs=2"):
+        train(model, loaders, device, 2, checkpoint_path="run.pt", resume=True)
+    velasoka.save_model(model, "weights.pt")
+    with pytest.raises(ValueError, match=r"weights\.pt: not a checkpoint"):
+        train(model, loaders, device, 1, checkpoint_path="weights.pt", resume=True)
+
+
+def test_a_checkpoint_that_cannot_be_written_warns_and_training_goes_on(model, loaders, device, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match="not written"):
+        history = train(model, loaders, device, 1, checkpoint_path=tmp_path / "file" / "run.pt")
+    assert history.status == "completed"
+
+
+# --- Seeds ---
+
+
+def test_seed_everything_seeds_every_generator():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    velasoka.seed_everything(3)
+    first = draw()
+    velasoka.seed_everything(3)
+    assert first == draw()
+    velasoka.seed_everything(4)
+    assert not set(first) & set(draw())
+
+
+def test_deterministic_is_switched_on_and_off():
+    velasoka.seed_everything(deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    velasoka.seed_everything()
+    assert not torch.are_deterministic_algorithms_enabled()
