@@ -39,10 +39,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchsummary
-from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset, Subset
 from torchvision import datasets, transforms
+from torchvision.datasets.folder import pil_loader
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
@@ -303,8 +303,7 @@ def _read_image_folders(root, split):
     bar = tqdm(files, desc=f"Reading {folder}", unit=" images", mininterval=0.5, file=sys.stdout)
     for image, (path, _) in zip(images, bar, strict=True):
         try:
-            with Image.open(path) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
+            pixels = np.asarray(pil_loader(path))
         except (OSError, SyntaxError, ValueError) as error:  # Pillow's ways to refuse a file
             raise ValueError(f"{path}: not a readable image ({error})") from error
         if pixels.shape != image.shape:
@@ -1181,9 +1180,9 @@ def _parse(arguments):
     add("--batch-size", type=_number(int, 1), default=128, metavar="N", help="default: %(default)s")
     add("--device", type=_usable_device, metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     add("--seed", type=_number(int, 0), default=SEED, metavar="N", help="default: %(default)s")
-    add("--checkpoint", metavar="FILE", help="write all that the run needs to go on, after every epoch")
+    add("--checkpoint", type=Path, metavar="FILE", help="write all that the run needs to go on, after every epoch")
     add("--resume", action="store_true", help="go on from --checkpoint, where that file exists")
-    add("--save", metavar="FILE", help="write the trained weights, for load_model")
+    add("--save", type=Path, metavar="FILE", help="write the trained weights, for load_model")
     add("--version", action="version", version=__version__)
     options = parser.parse_args(arguments)
     if options.resume and not options.checkpoint:
@@ -1222,11 +1221,13 @@ def _usable_device(text):
 
 
 def _main(arguments=None):
-    """The command line: trains, prints, and gives the exit status."""
+    """The command line: train what the options ask for, say how it went, give the exit status."""
     options = _parse(arguments)
     warnings.showwarning = lambda message, *_: print(f"velasoka: {message}", file=sys.stderr)
     try:
-        return _run(options)
+        dataset = _dataset(options)
+        names = MODELS if options.model == "all" else [options.model]
+        return max([_train(name, dataset, options) for name in names])
     except KeyboardInterrupt:
         print("velasoka: interrupted", file=sys.stderr)
         return 130
@@ -1235,36 +1236,8 @@ def _main(arguments=None):
         return 2
 
 
-def _run(options):
-    """Train what the options ask for, one model after the other; gives the exit status."""
-    dataset, status = _dataset(options), 0
-    device, note = options.device or get_available_device(), dataset[0].note
-    for name in MODELS if options.model == "all" else [options.model]:
-        seed_everything(options.seed)
-        model = MODELS[name]()
-        view = receptive_field(model)[-1]["receptive_field"]
-        print(f"{name}{note}: {count_parameters(model):,} parameters, receptive field {view}, on {device}")
-        history = start_cnn(
-            model,
-            get_muon_optimizer(model),
-            get_ce_loss(),
-            get_cifar10_data_loader(dataset, options.batch_size, device=device, seed=options.seed),
-            device,
-            options.epochs,
-            target_accuracy=options.target,
-            checkpoint_path=_file_of(options.checkpoint, name, options),
-            resume=options.resume,
-        )
-        if options.save and history.test:
-            save_model(model, _file_of(options.save, name, options))
-        status = max(status, _report(f"{name}{note}", history, options.target))
-        if history.status == "interrupted":
-            return 130
-    return status
-
-
 def _dataset(options):
-    """The data that the options ask for; without a word on data, drawn pictures where CIFAR-10 is not to be had."""
+    """The data that the options ask for; where they ask for none and CIFAR-10 is not to be had, drawn pictures."""
     if options.synthetic:
         return get_synthetic_dataset()
     try:
@@ -1276,22 +1249,30 @@ def _dataset(options):
         return get_synthetic_dataset()
 
 
-def _file_of(path, name, options):
-    """`path`, with the model's name in it where several models are trained."""
-    return Path(path).with_stem(f"{Path(path).stem}-{name}") if path and options.model == "all" else path
-
-
-def _report(title, history, target):
-    """Print how the training of one model ended; 0 where that is as announced, else 1."""
-    if not history.test:
-        print(f"{title}: {history.status} before the end of the first epoch")
-        return 1
-    seconds = sum(result.seconds for result in history.train + history.test)
-    accuracy = history.test[-1].accuracy if history.status in ("completed", "target reached") else history.best_accuracy
-    reached = target is None or history.status == "target reached"
-    goal = "" if target is None else f", the target of {target:g}% is {'reached' if reached else 'missed'}"
-    spent = f"{len(history.test)} epochs and {seconds:.0f} s"
-    print(f"{title}: {history.status}, test accuracy {accuracy:.2f}% after {spent}{goal}")
+def _train(name, dataset, options):
+    """Train one model as the options say and print how it ended; 0 where that is as announced, else 1."""
+    seed_everything(options.seed)
+    model, device, title = MODELS[name](), options.device or get_available_device(), name + dataset[0].note
+    view = receptive_field(model)[-1]["receptive_field"]
+    print(f"{title}: {count_parameters(model):,} parameters, receptive field {view}, on {device}")
+    loaders = get_cifar10_data_loader(dataset, options.batch_size, device=device, seed=options.seed)
+    suffix = f"-{name}" if options.model == "all" else ""  # or one model's files would replace another's
+    checkpoint, save = (path and path.with_stem(path.stem + suffix) for path in (options.checkpoint, options.save))
+    stops = {"target_accuracy": options.target, "checkpoint_path": checkpoint, "resume": options.resume}
+    optimizer, loss_fn = get_muon_optimizer(model), get_ce_loss()
+    history = start_cnn(model, optimizer, loss_fn, loaders, device, options.epochs, **stops)
+    if save and history.test:
+        save_model(model, save)
+    reached = options.target is None or history.status == "target reached"
+    ended = f"{title}: {history.status}, {len(history.test)} of {options.epochs} epochs"
+    if history.test:
+        ended += f" in {sum(result.seconds for result in history.train + history.test):.0f} s"
+        ended += f", test accuracy {history.test[-1].accuracy:.2f}%, at best {history.best_accuracy:.2f}%"
+    if options.target is not None:
+        ended += f": the target of {options.target:g}% is {'reached' if reached else 'missed'}"
+    print(ended)
+    if history.status == "interrupted":
+        raise KeyboardInterrupt
     return 0 if reached and history.status != "diverged" else 1
 
 
