@@ -18,6 +18,7 @@ optimiser and loss, loops, keeping, pictures, command line. Accuracy is in perce
 
 import argparse
 import copy
+import io
 import math
 import os
 import pickle
@@ -28,7 +29,7 @@ import tempfile
 import time
 import urllib.request
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from http.client import HTTPException
@@ -44,6 +45,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision import datasets, transforms
 from torchvision.datasets.folder import pil_loader
 from torchvision.datasets.utils import check_integrity
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 # --- Constants -------------------------------------------------------------------------------------------------------
@@ -116,6 +118,12 @@ def _autocast(device):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
 
 
+def _require_whole(name, value, least):
+    """Raise ValueError unless the argument `name` is a whole number from `least` up."""
+    if not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name}={value!r}: a whole number from {least} up is needed")
+
+
 # --- Transforms ------------------------------------------------------------------------------------------------------
 
 
@@ -172,23 +180,26 @@ def download_cifar10(root="./data", *, mirrors=CIFAR10_MIRRORS):
 
 def _fetch_archive(archive, mirrors):
     """Fetch `archive` from the first of the `mirrors` that delivers it; it takes its name only when whole."""
-    part, reasons = archive.with_name(archive.name + ".part"), []
-    for url in mirrors:
+    part, waiting, reasons = archive.with_name(archive.name + ".part"), list(mirrors), []
+    while not check_integrity(part, _ARCHIVE_MD5):
+        if not waiting:
+            tried = "".join(f"\n  {reason}" for reason in reasons) or " none"
+            way_out = f"fetch {_ARCHIVE} by hand and put it into {archive.parent.resolve()}"
+            raise ConnectionError(f"{archive} is missing or damaged. Sources tried:{tried}\nWay out: {way_out}")
+        url, resumed = waiting.pop(0), part.exists()
         try:
             _fetch(url, part)
+            reason = None if check_integrity(part, _ARCHIVE_MD5) else "not the published file (its md5 differs)"
+            broken = reason is not None
         except (OSError, HTTPException, ValueError) as error:
-            reasons.append(f"{url}: {error}")
-            continue
-        if check_integrity(part, _ARCHIVE_MD5):
-            part.replace(archive)
-            return
-        part.unlink()
-        reasons.append(f"{url}: not the published file (its md5 differs)")
-    raise ConnectionError(
-        "CIFAR-10 could not be downloaded. Sources tried:\n  "
-        + "\n  ".join(reasons)
-        + f"\nWay out: fetch {_ARCHIVE} by hand and put it into {archive.parent.resolve()}"
-    )
+            reason, broken = error, getattr(error, "code", None) == 416  # there is no such range: the part is too long
+        if broken:
+            part.unlink(missing_ok=True)
+        if broken and resumed:
+            waiting.insert(0, url)  # what was there before may be at fault: once more, from the start
+        elif reason:
+            reasons.append(f"{url}: {reason}")
+    part.replace(archive)
 
 
 def _fetch(url, part):
@@ -244,7 +255,7 @@ def get_cifar10_dataset(mean=CIFAR10_MEAN, std=CIFAR10_STD, *, root="./data", do
     elif (root / "train").is_dir() or (root / "test").is_dir():
         read = _read_image_folders
     elif download or (root / _ARCHIVE).is_file():
-        download_cifar10(root)
+        download_cifar10(root, mirrors=CIFAR10_MIRRORS if download else ())
         read = _read_batches
     else:
         raise FileNotFoundError(f"no CIFAR-10 in {root}: neither {_BATCHES} nor {_ARCHIVE} nor train/ and test/")
@@ -273,13 +284,8 @@ class _ArrayUnpickler(pickle.Unpickler):
     """Reads pickled NumPy arrays and plain values; refuses every other class, so that no pickle can run code."""
 
     def find_class(self, module, name):
-        if module.startswith(("numpy", "_codecs")) and name in (
-            "ndarray",
-            "dtype",
-            "_reconstruct",
-            "_frombuffer",
-            "encode",
-        ):
+        array_parts = ("ndarray", "dtype", "scalar", "_reconstruct", "_frombuffer", "encode")
+        if module.startswith(("numpy", "_codecs")) and name in array_parts:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"refused to load {module}.{name}")
 
@@ -368,7 +374,9 @@ def get_cifar10_data_loader(dataset, batch_size=128, *, device=None, augment=Tru
     order. Their random numbers are their own: the same `seed` gives the same batches, whatever else draws some.
 
     A dataset is one of this module's, one of torchvision's `CIFAR10` kind, or a `torch.utils.data.Subset` of either.
+    Batches are laid out channels_last, so a `forward` of your own says `flatten` or `reshape` rather than `view`.
     """
+    _require_whole("batch_size", batch_size, 1)
     train, test = dataset
     device = torch.device(device) if device is not None else get_available_device()
     return (
@@ -378,23 +386,32 @@ def get_cifar10_data_loader(dataset, batch_size=128, *, device=None, augment=Tru
 
 
 def _unwrap(dataset):
-    """The images (uint8 N×H×W×3), labels and transform of a dataset as above; a `Subset` is followed to its origin."""
+    """Images (uint8 N×H×W×3), labels, transform and note of a dataset as above; a `Subset` is followed back."""
     if isinstance(dataset, Subset):
-        images, labels, transform = _unwrap(dataset.dataset)
-        return images[dataset.indices], labels[dataset.indices], transform
-    return np.asarray(dataset.data), np.asarray(dataset.targets), dataset.transform
+        images, labels, *rest = _unwrap(dataset.dataset)
+        return images[dataset.indices], labels[dataset.indices], *rest
+    if not hasattr(dataset, "data") or not hasattr(dataset, "targets"):
+        raise TypeError(f"dataset: {type(dataset).__name__} has no .data and .targets; a DataLoader takes any dataset")
+    images, labels = np.asarray(dataset.data), np.asarray(dataset.targets)
+    return images, labels, getattr(dataset, "transform", None), getattr(dataset, "note", "")
+
+
+def _normalization(transform):
+    """Mean and std of the `Normalize` somewhere in `transform`, else those that change nothing."""
+    if isinstance(transform, (transforms.Normalize, v2.Normalize)):
+        return transform.mean, transform.std
+    found = [_normalization(part) for part in getattr(transform, "transforms", [])]
+    return next((pair for pair in found if pair != (0.0, 1.0)), (0.0, 1.0))
 
 
 class _DeviceLoader:
     """The batches of one dataset, made on the device; each `for` loop over it is one epoch."""
 
     def __init__(self, dataset, batch_size, device, shuffle, augment, seed):
-        images, labels, transform = _unwrap(dataset)
-        self.note = getattr(dataset, "note", "")
+        images, labels, transform, self.note = _unwrap(dataset)
         self.images, self.labels = torch.as_tensor(images).to(device), torch.as_tensor(labels).long().to(device)
-        normalize = next((t for t in getattr(transform, "transforms", []) if isinstance(t, transforms.Normalize)), None)
-        mean, std = (normalize.mean, normalize.std) if normalize else (0.0, 1.0)
-        self.mean, self.std = (torch.as_tensor(value, device=device) * 255 for value in (mean, std))
+        mean_and_std = (torch.as_tensor(np.asarray(value, np.float32)) for value in _normalization(transform))
+        self.mean, self.std = (value.to(device) * 255 for value in mean_and_std)
         self.batch_size, self.shuffle, self.augment = batch_size, shuffle, augment
         self.generator = torch.Generator(device).manual_seed(seed)
 
@@ -506,50 +523,59 @@ def count_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
+_WINDOWED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d)
+_GLOBAL = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.Linear)
+_COLUMNS = ("layer", "kernel_size", "stride", "dilation", "output_size", "jump", "receptive_field")
+
+
 def receptive_field(model, input_size=(3, 32, 32)):
     """How the view of one output cell on the input grows: a list of rows, the last one's `receptive_field` the total.
 
     There is a row for each layer that moves or widens the view of a sequential model, in the order in which they run:
     `layer` (its name in the model), `kernel_size`, `stride`, `dilation`, `output_size` (side of its output), `jump`
     (input pixels between two neighbouring cells of its output) and `receptive_field` (input pixels that a cell sees).
-    Sizes are sides in pixels, an int, or `(height, width)` where the two differ. Global pooling sees all of its input,
-    whose size depends on `input_size` = (channels, height, width), and so does `nn.Flatten`.
+    Sizes are sides in pixels, an int, or `(height, width)` where the two differ. Global pooling, `nn.Flatten` and
+    `nn.Linear` see all that is left of the image, whose size `input_size` = (channels, height, width) gives. Steps that
+    are no modules, such as `F.max_pool2d`, cannot be seen: a warning says where there must be one.
 
     The arithmetic is that of Araujo, Norris and Sim, https://distill.pub/2019/computing-receptive-fields.
     """
-    rows, field, jump = [], np.ones(2, int), np.ones(2, int)  # both are (height, width)
+    rows, names, model = [], {}, _cpu_copy(model)
+    field, jump, side = (
+        np.ones(2, int),
+        np.ones(2, int),
+        np.array(input_size[1:]),
+    )  # of the view so far: (height, width)
 
     def record(layer, inputs, output):
-        nonlocal field, jump
-        kernel, stride, dilation = _geometry(layer, inputs[0])
+        nonlocal field, jump, side
+        output = output[0] if isinstance(output, tuple) else output
+        output_side = np.array(output.shape[2:] if output.ndim == 4 else (1, 1))
+        if inputs[0].ndim == 4 and tuple(inputs[0].shape[2:]) != tuple(side):
+            warnings.warn(f"a step before {names[layer]} is no module: the receptive field leaves it out", stacklevel=2)
+            side = np.array(inputs[0].shape[2:])
+        if isinstance(layer, _WINDOWED):
+            sizes = layer.kernel_size, layer.stride or layer.kernel_size, getattr(layer, "dilation", 1)
+            kernel, stride, dilation = (np.broadcast_to(size, 2) for size in sizes)
+        elif isinstance(layer, nn.Flatten) and output.ndim > 2:
+            return
+        else:  # each output cell sees the same share of all there is
+            stride, dilation = side // output_side, np.ones(2, int)
+            kernel = side - (output_side - 1) * stride
+        side = output_side
         if kernel.max() > 1 or stride.max() > 1:
             field, jump = field + (kernel - 1) * dilation * jump, jump * stride
-            pairs = (kernel, stride, dilation, output.shape[2:] or (1, 1), jump, field)
-            sides = [int(h) if h == w else (int(h), int(w)) for h, w in pairs]
+            pairs = (kernel, stride, dilation, side, jump, field)
+            sides = [int(height) if height == width else (int(height), int(width)) for height, width in pairs]
             rows.append(dict(zip(_COLUMNS, [names[layer], *sides], strict=True)))
 
-    model = _cpu_copy(model)
-    names = {layer: name for name, layer in model.named_modules()}
-    for layer in model.modules():
+    for name, layer in model.named_modules():
         if isinstance(layer, (*_WINDOWED, *_GLOBAL)):
+            names[layer] = name
             layer.register_forward_hook(record)
     with torch.no_grad():
         model(torch.zeros(1, *input_size))
     return rows
-
-
-_COLUMNS = ("layer", "kernel_size", "stride", "dilation", "output_size", "jump", "receptive_field")
-_WINDOWED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
-_GLOBAL = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten)
-
-
-def _geometry(layer, images):
-    """Kernel size, stride and dilation of `layer` on `images`, each an array (height, width)."""
-    if isinstance(layer, _WINDOWED):
-        return [np.broadcast_to(side, 2) for side in (layer.kernel_size, layer.stride, getattr(layer, "dilation", 1))]
-    size = np.array(images.shape[2:] or (1, 1))
-    cells = np.broadcast_to(getattr(layer, "output_size", 1), 2)
-    return size - (cells - 1) * (size // cells), size // cells, np.ones(2, int)
 
 
 def model_summary(model, input_size, device=None):
@@ -579,7 +605,7 @@ def _cpu_copy(model):
 def get_sgd_optimizer(model, lr=0.05, momentum=0.9):
     """SGD with Nesterov momentum and weight decay 5e-4; `lr` is the peak of the schedule that `start_cnn` makes."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return _Muon([{"params": parameters}], lr=lr, momentum=momentum, weight_decay=5e-4)
+    return _MuonSGD([{"params": parameters}], lr=lr, momentum=momentum, weight_decay=5e-4)
 
 
 def get_muon_optimizer(model, lr=0.1):
@@ -593,10 +619,10 @@ def get_muon_optimizer(model, lr=0.1):
     filters = [parameter for parameter in parameters if parameter in dense.difference(last)]
     others = [parameter for parameter in parameters if parameter not in set(filters)]
     groups = [{"params": filters, "muon": True, "momentum": 0.8, "weight_decay": 0.0}, {"params": others}]
-    return _Muon([group for group in groups if group["params"]], lr=lr, momentum=0.9, weight_decay=5e-4)
+    return _MuonSGD([group for group in groups if group["params"]], lr=lr, momentum=0.9, weight_decay=5e-4)
 
 
-class _Muon(torch.optim.Optimizer):
+class _MuonSGD(torch.optim.Optimizer):
     """SGD with Nesterov momentum and weight decay, whose groups marked `muon` move by orthogonal matrices.
 
     There the update of a filter bank, output channels × the rest, is orthogonalised: all its directions then learn at
@@ -708,7 +734,7 @@ class _Pass:
         self.next_read = self.start
         self.bar = tqdm(
             desc=f"{word}{self.note}",
-            total=len(data_loader) if hasattr(data_loader, "__len__") else None,
+            total=_length(data_loader),
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
             disable=not progress,
             mininterval=0.5,
@@ -752,6 +778,14 @@ class _Pass:
         return EpochResult(self.loss, self.accuracy, int(self.correct), self.total, time.perf_counter() - self.start)
 
 
+def _length(data_loader):
+    """The number of batches of `data_loader`, None where it does not say."""
+    try:
+        return len(data_loader)
+    except TypeError:  # an `IterableDataset` has a `__len__` that raises this
+        return None
+
+
 def _memory_format(model):
     """How images and weights are laid out: as `model` says, else the default, which `view` in a forward may rely on."""
     return getattr(model, "memory_format", torch.contiguous_format)
@@ -774,12 +808,9 @@ def train_cnn(model, data_loader, loss_fn, optimizer, device, *, scheduler=None,
     """
     device = _place(model, device)
     model.train()
-    scaler = scaler or _make_scaler(device)
-    refused = _refused_steps(scaler)
-    held = getattr(scaler, "held", refused)
-    batches = _Pass(
-        "Train", model, data_loader, device, progress, optimizer, max_overflows=20 if scaler.is_enabled() else 0
-    )
+    scaler = scaler or _Scaler(device)
+    refused = scaler.refused()
+    batches = _Pass("Train", model, data_loader, device, progress, optimizer, 20 if scaler.is_enabled() else 0)
     for images, labels in batches:
         optimizer.zero_grad()
         with _autocast(device):
@@ -788,25 +819,35 @@ def train_cnn(model, data_loader, loss_fn, optimizer, device, *, scheduler=None,
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        if refused > held:  # a step that the scaler refused does not count in the schedule, which waits for one instead
-            held += 1
+        if refused > scaler.held:  # the schedule waits for a step that was refused
+            scaler.held += 1
         elif scheduler is not None:
             scheduler.step()
         if batches.add(loss, logits, labels):
-            refused = _refused_steps(scaler)
-    scaler.held = held
+            refused = scaler.refused()
     return batches.result()
 
 
-def _make_scaler(device):
-    """A loss scaler where `device` computes in float16, elsewhere one that does nothing. Its scale never grows."""
-    enabled = _precision(device) is torch.float16
-    return torch.amp.GradScaler(device.type, init_scale=2.0**16, growth_interval=2**30, enabled=enabled)
+class _Scaler(torch.amp.GradScaler):
+    """Scales the loss where `device` computes in float16, and does nothing elsewhere.
 
+    Its scale is halved by each step that it refuses, because gradients overflowed, and never grows: so the scale alone
+    tells how many steps those were.
+    """
 
-def _refused_steps(scaler):
-    """How many steps `scaler` refused so far: each one halved its scale."""
-    return round(16 - math.log2(scaler.get_scale())) if scaler.is_enabled() else 0
+    def __init__(self, device):
+        float16 = _precision(device) is torch.float16
+        super().__init__(device.type, init_scale=2.0**16, growth_interval=2**30, enabled=float16)
+        self.held = 0  # steps for which the schedule has waited
+
+    def refused(self):
+        """How many steps were refused so far; makes the host wait for the device."""
+        return round(16 - math.log2(self.get_scale())) if self.is_enabled() else 0
+
+    def load_state_dict(self, state_dict):
+        """Go on from `state_dict`, the schedule being where it should be."""
+        super().load_state_dict(state_dict)
+        self.held = self.refused()
 
 
 def test_cnn(model, data_loader, device, *, tta=False, progress=True):
@@ -891,45 +932,53 @@ def start_cnn(
     and ends as it would have without the break. An interrupt (Ctrl-C, the notebook's stop button) or a loss that is not
     finite ends training with a warning, the model holding its best weights so far.
 
-    Raises ValueError where the checkpoint cannot be read or belongs to another run.
+    Raises ValueError where `epochs` is not from 1 up, or the checkpoint cannot be read or belongs to another run.
     """
+    _require_whole("epochs", epochs, 1)
     device, (train_loader, test_loader) = _place(model, device), data_loader
-    scheduler = scheduler or _triangle(optimizer, epochs * len(train_loader))
-    history, scaler, best = History(), _make_scaler(device), {}
+    batches = _length(train_loader) or sum(1 for _ in train_loader)
+    scheduler, scaler = scheduler or _triangle(optimizer, epochs * batches), _Scaler(device)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    made_with = {name: type(part).__name__ for name, part in parts.items()} | {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameter_groups": len(optimizer.param_groups),
+        "epochs": epochs,
+        "batches": batches,
+    }
     generator = getattr(train_loader, "generator", None)
-    made_with = {"model": type(model).__name__, "optimizer": type(optimizer).__name__, "epochs": epochs}
-    if resume and checkpoint_path is not None and Path(checkpoint_path).exists():
+    history, best = History(), {}
+    if resume and checkpoint_path is None:
+        raise ValueError("resume=True needs a checkpoint_path to go on from")
+    if resume and Path(checkpoint_path).exists():
         history, best = _load_checkpoint(checkpoint_path, parts, made_with, generator)
     try:
-        for epoch in range(len(history.train) + 1, epochs + 1):
-            if history.status == "target reached":
-                break
+        while len(history.test) < epochs and not _reached(history, target_accuracy):
             if progress:
-                print(f"\nEPOCH: {epoch}{getattr(train_loader, 'note', '')}")
-            train = train_cnn(
-                model, train_loader, loss_fn, optimizer, device, scheduler=scheduler, scaler=scaler, progress=progress
-            )
+                print(f"\nEPOCH: {len(history.test) + 1}{getattr(train_loader, 'note', '')}")
+            options = {"scheduler": scheduler, "scaler": scaler, "progress": progress}
+            train = train_cnn(model, train_loader, loss_fn, optimizer, device, **options)
             test = test_cnn(model, test_loader, device, progress=progress)
+            if test.accuracy > history.best_accuracy or not best:
+                best = copy.deepcopy(model.state_dict())
+                history.best_accuracy, history.best_epoch = test.accuracy, len(history.test) + 1
             history.train.append(train)
             history.test.append(test)
-            if test.accuracy > history.best_accuracy or not best:
-                history.best_accuracy, history.best_epoch = test.accuracy, epoch
-                best = copy.deepcopy(model.state_dict())
-            if target_accuracy is not None and test.accuracy >= target_accuracy:
-                history.status = "target reached"
             if checkpoint_path is not None:
                 _save_checkpoint(checkpoint_path, parts, made_with, generator, history, best)
-    except KeyboardInterrupt:
-        history.status = "interrupted"
-        warnings.warn(f"interrupted in epoch {len(history.train) + 1} of {epochs}", stacklevel=2)
-    except FloatingPointError as error:
-        history.status = "diverged"
-        message = f"diverged in epoch {len(history.train) + 1} of {epochs}: {error}; try a lower learning rate"
-        warnings.warn(message, stacklevel=2)
-    if best and history.status in ("interrupted", "diverged"):
-        model.load_state_dict(best)
+        history.status = "target reached" if _reached(history, target_accuracy) else "completed"
+    except (KeyboardInterrupt, FloatingPointError) as error:
+        history.status, why = "interrupted", ""
+        if isinstance(error, FloatingPointError):
+            history.status, why = "diverged", f": {error}; try a lower learning rate"
+        warnings.warn(f"{history.status} in epoch {len(history.test) + 1} of {epochs}{why}", stacklevel=2)
+        if best:
+            model.load_state_dict(best)
     return history
+
+
+def _reached(history, target_accuracy):
+    """Whether the last epoch reached the target, if there is one."""
+    return target_accuracy is not None and bool(history.test) and history.test[-1].accuracy >= target_accuracy
 
 
 def _triangle(optimizer, steps):
@@ -940,7 +989,7 @@ def _triangle(optimizer, steps):
     warm_up = max(1, round(0.02 * steps))
 
     def factor(step):
-        return min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
+        return max(0.0, min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -962,13 +1011,13 @@ def load_model(model, path, device=None):
     Raises FileNotFoundError where there is no file, ValueError where it holds anything but weights of this model.
     """
     weights, expected = _read(path), {name: tensor.shape for name, tensor in model.state_dict().items()}
-    found = (
-        {name: getattr(tensor, "shape", None) for name, tensor in weights.items()} if isinstance(weights, dict) else {}
-    )
+    weights = weights if isinstance(weights, dict) else {"its content": weights}
+    found = {name: getattr(tensor, "shape", type(tensor).__name__) for name, tensor in weights.items()}
     for name in [*expected, *found]:
         if found.get(name) != expected.get(name):
+            what = "a checkpoint of start_cnn, not" if "made_with" in found else "not"
             shapes = f"{name}: {found.get(name)} instead of {expected.get(name)}"
-            raise ValueError(f"{path}: not the weights of a {type(model).__name__} ({shapes})")
+            raise ValueError(f"{path}: {what} the weights of a {type(model).__name__} ({shapes})")
     model.load_state_dict(weights)
     return model if device is None else model.to(device)
 
@@ -986,12 +1035,13 @@ def get_drive_path(folder, filename):
 
 def _write(content, path):
     """`torch.save` beside `path`, flushed to the disk, then renamed: a break leaves the old file or the new one."""
-    path = Path(path)
+    path, buffer = Path(path), io.BytesIO()
+    torch.save(content, buffer)  # in memory: into a file it would turn an interrupt or a full disk into a RuntimeError
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
-            torch.save(content, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -1031,11 +1081,14 @@ def _load_checkpoint(path, parts, made_with, generator):
     for name, value in made_with.items():
         if content["made_with"][name] != value:
             raise ValueError(f"{path}: was made with {name}={content['made_with'][name]}, this run has {name}={value}")
-    for name, part in parts.items():
-        part.load_state_dict(content[name])
-    _set_random_state(content["random"], generator)
-    results = {word: [EpochResult(**result) for result in content["history"][word]] for word in ("train", "test")}
-    return History(**content["history"] | results), content["best"]
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(content[name])
+        _set_random_state(content["random"], generator)
+        results = {word: [EpochResult(**result) for result in content["history"][word]] for word in ("train", "test")}
+        return History(**content["history"] | results), content["best"]
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: does not fit this run ({_first_line(error)})") from error
 
 
 def _random_state(generator):
@@ -1057,8 +1110,9 @@ def _set_random_state(state, generator):
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-    if generator is not None:
-        generator.set_state(state["loader"])
+    if generator is not None and state["loader"] is not None:
+        with suppress(RuntimeError):  # the state of another kind of device cannot be taken over
+            generator.set_state(state["loader"])
 
 
 # --- Pictures --------------------------------------------------------------------------------------------------------
@@ -1082,12 +1136,12 @@ def show_misclassified(images, labels, logits, classes, *, count=16, columns=8, 
     wrong = (predictions != labels).nonzero()[:, 0]
     worst = wrong[confidence[wrong].argsort(descending=True)][:count]
     titles = [f"{classes[labels[i]]}, taken for\n{classes[predictions[i]]} ({confidence[i]:.0%})" for i in worst]
-    return _grid(torch.as_tensor(images).cpu()[worst], titles, columns, mean, std)
+    return _grid([images[i] for i in worst], titles, columns, mean, std)
 
 
 def _grid(images, titles, columns, mean, std):
     """A `Figure` of images in rows of `columns`, each under its title."""
-    images = torch.as_tensor(images).cpu()
+    images = torch.stack([torch.as_tensor(image).detach().cpu() for image in images])
     if images.dtype != torch.uint8:
         images = (images.permute(0, 2, 3, 1) * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1)
     rows = max(1, math.ceil(len(images) / columns))
@@ -1141,12 +1195,12 @@ def per_class_accuracy(labels, predictions, classes):
     """The accuracy in percent on each class, a dict by class name; NaN for a class without images."""
     counts = _confusion(labels, predictions, len(classes))
     totals = counts.sum(1)
-    return {name: 100 * counts[i, i] / totals[i] if totals[i] else math.nan for i, name in enumerate(classes)}
+    return {name: float(100 * counts[i, i] / totals[i]) if totals[i] else math.nan for i, name in enumerate(classes)}
 
 
 def _confusion(labels, predictions, number):
     """How many images of class i were taken for class j, an int array `number`×`number`."""
-    labels, predictions = (torch.as_tensor(values).cpu() for values in (labels, predictions))
+    labels, predictions = (torch.as_tensor(values).cpu().long() for values in (labels, predictions))
     return torch.bincount(labels * number + predictions, minlength=number**2).reshape(number, number).numpy()
 
 
@@ -1179,7 +1233,7 @@ def _parse(arguments):
     data.add_argument("--synthetic", action="store_true", help="train on drawn pictures, which need no download")
     add("--batch-size", type=_number(int, 1), default=128, metavar="N", help="default: %(default)s")
     add("--device", type=_usable_device, metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
-    add("--seed", type=_number(int, 0), default=SEED, metavar="N", help="default: %(default)s")
+    add("--seed", type=_number(int, 0, 2**32 - 1), default=SEED, metavar="N", help="default: %(default)s")
     add("--checkpoint", type=Path, metavar="FILE", help="write all that the run needs to go on, after every epoch")
     add("--resume", action="store_true", help="go on from --checkpoint, where that file exists")
     add("--save", type=Path, metavar="FILE", help="write the trained weights, for load_model")
@@ -1187,8 +1241,12 @@ def _parse(arguments):
     options = parser.parse_args(arguments)
     if options.resume and not options.checkpoint:
         parser.error("--resume needs --checkpoint FILE to go on from")
-    if options.data and not Path(options.data).is_dir():
-        parser.error(f"--data {options.data}: no such folder")
+    if options.data is not None and not os.path.isdir(options.data):  # noqa: PTH112  # Path("") would be "."
+        parser.error(f"--data {options.data!r}: no such folder")
+    for path in filter(None, (options.checkpoint, options.save)):
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if path.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+            parser.error(f"{path}: cannot be written")
     if options.epochs is None and options.target is None:
         options.target = 80.0
     options.epochs = options.epochs or 3
@@ -1215,7 +1273,7 @@ def _usable_device(text):
     try:
         device = torch.device(text)
         torch.zeros(1, device=device).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {_first_line(error)}") from error
     return device
 
@@ -1242,7 +1300,7 @@ def _dataset(options):
         return get_synthetic_dataset()
     try:
         return get_cifar10_dataset(root=options.data or "./data")
-    except ConnectionError as error:
+    except OSError as error:  # no source delivers, or ./data cannot be written
         if options.data:
             raise
         print(f"{error}\nGoing on with synthetic pictures: what follows is not CIFAR-10.")

@@ -62,7 +62,7 @@ def batches_folder(tmp_path):
     folder.mkdir()
     for index, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
         images = random_images(6 if name == "test_batch" else 4, seed=index)
-        labels = [(index + i) % 10 for i in range(len(images))]
+        labels = list(np.arange(index, index + len(images)) % 10)  # as NumPy's integers, as generated data often are
         batch = {"data": images.transpose(0, 3, 1, 2).reshape(-1, 3072), "labels": labels}
         (folder / name).write_bytes(pickle.dumps(batch))
     return tmp_path

@@ -56,6 +56,13 @@ def test_without_data_and_network_it_says_why_and_goes_on_with_synthetic_picture
     assert "not CIFAR-10" in printed.splitlines()[-1]
 
 
+def test_the_same_happens_where_no_data_folder_can_be_made(run, no_network):
+    Path("data").touch()
+    status, printed, _ = run("--epochs", "1")
+    assert status == 0
+    assert "not CIFAR-10" in printed.splitlines()[-1]
+
+
 def test_data_that_was_asked_for_is_never_replaced(run, no_network, tmp_path):
     status, _, errors = run("--data", str(tmp_path))
     assert status == 2
@@ -95,6 +102,17 @@ def test_the_same_seed_gives_the_same_accuracy(run):
         return re.findall(r"Accuracy=([\d.]+)", printed)[-1], re.findall(r"test accuracy ([\d.]+)", printed)
 
     assert accuracies("1") == accuracies("1") != accuracies("2")
+
+
+def test_the_options_reach_the_loader(run, monkeypatch):
+    get, asked = velasoka.get_cifar10_data_loader, []
+    monkeypatch.setattr(
+        velasoka,
+        "get_cifar10_data_loader",
+        lambda *args, **options: asked.append((args[1], options)) or get(*args, **options),
+    )
+    run("--synthetic", "--epochs", "1", "--batch-size", "50", "--seed", "9", "--device", "cpu")
+    assert asked == [(50, {"device": torch.device("cpu"), "seed": 9})]
 
 
 def test_an_interrupt_keeps_the_checkpoint_to_resume_from(run, monkeypatch, tmp_path):
@@ -151,6 +169,10 @@ def test_a_loss_that_diverges_ends_with_status_1(run, monkeypatch):
         ("--device cuda:99", "'cuda:99'"),
         ("--data nowhere", "nowhere"),
         ("--data . --synthetic", "--synthetic"),
+        ("--data=", "--data ''"),
+        ("--seed 5000000000", "--seed"),
+        ("--synthetic --save .", "cannot be written"),
+        ("--synthetic --checkpoint torn.pt/run.pt", "cannot be written"),
         ("--resume", "--checkpoint"),
         ("--learning-rate 1", "--learning-rate"),
         ("--synthetic --resume --checkpoint torn.pt", "torn.pt"),

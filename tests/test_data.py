@@ -3,6 +3,7 @@ import pickle
 import random
 import tarfile
 import threading
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from conftest import random_images
 from PIL import Image
 from torch.utils.data import Subset
+from torchvision.transforms import v2
 
 import velasoka
 
@@ -135,6 +137,9 @@ def mirror(archive):
                 return
             start = int((self.headers["Range"] or "bytes=0-")[6:-1])
             asked.append((self.path, start))
+            if start >= len(content):
+                self.send_error(416)
+                return
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(content) - start))
             self.end_headers()
@@ -168,6 +173,35 @@ def test_the_next_call_goes_on_too(mirror, archive, tmp_path):
         velasoka.download_cifar10(tmp_path, mirrors=[mirror.address + "/half"])
     velasoka.download_cifar10(tmp_path, mirrors=[mirror.address + "/whole"])
     assert mirror.asked[-1] == ("/whole", archive.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("content", [b"?" * 100, b"?" * 10**6, None])
+def test_a_part_that_is_wrong_or_whole_does_not_stand_in_the_way(content, mirror, archive, tmp_path):
+    part = tmp_path / "cifar-10-python.tar.gz.part"
+    part.write_bytes(archive.read_bytes() if content is None else content)
+    assert velasoka.download_cifar10(tmp_path, mirrors=[mirror.address + "/whole"]).is_dir()
+    assert [start for _, start in mirror.asked] == ([] if content is None else [len(content), 0])
+    assert not part.exists()
+
+
+def test_a_server_that_stalls_is_given_ten_seconds(monkeypatch, tmp_path):
+    limits = []
+
+    def stall(request, timeout):
+        limits.append(timeout)
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(urllib.request, "urlopen", stall)
+    with pytest.raises(ConnectionError, match="timed out"):
+        velasoka.download_cifar10(tmp_path)
+    assert limits == [10] * len(velasoka.CIFAR10_MIRRORS)
+
+
+def test_without_download_a_damaged_archive_is_named_and_nothing_is_fetched(monkeypatch, tmp_path):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"damaged")
+    monkeypatch.delattr(urllib.request, "urlopen")
+    with pytest.raises(ConnectionError, match=r"cifar-10-python\.tar\.gz is missing or damaged"):
+        velasoka.get_cifar10_dataset(root=tmp_path, download=False)
 
 
 def test_the_error_names_each_source_with_its_reason_and_the_way_out(mirror, tmp_path):
@@ -289,6 +323,38 @@ def test_augmented_images_are_mirrored_and_moved_with_a_reflected_border_under_t
     found = [origin[image.tobytes()] for image in pixels]
     assert [label for _, label in found] == labels.tolist()
     assert {view for view, _ in found} == set(range(50))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        velasoka.to_normalize((0.5,) * 3, (0.25,) * 3),
+        velasoka.compose_transform(
+            velasoka.to_tensor(), velasoka.compose_transform(velasoka.to_normalize([0.5], [0.25]))
+        ),
+        v2.Compose(
+            [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(np.full(3, 0.5), np.full(3, 0.25))]
+        ),
+        None,
+    ],
+)
+def test_finds_mean_and_std_wherever_the_transform_has_them(transform, pictures, device):
+    class Other:
+        data, targets = pictures[1].data, np.array(pictures[1].targets)
+
+    Other.transform = transform
+    images, _ = epoch(velasoka.get_cifar10_data_loader((Other(), Other()), device=device)[1])
+    expected = torch.tensor(Other.data / 255.0).permute(0, 3, 1, 2).float()
+    torch.testing.assert_close(images, expected if transform is None else (expected - 0.5) / 0.25)
+    assert images.dtype == torch.float32
+
+
+def test_a_wrong_batch_size_or_dataset_is_named(pictures):
+    for batch_size in (0, -1, 2.5):
+        with pytest.raises(ValueError, match=f"batch_size={batch_size}"):
+            velasoka.get_cifar10_data_loader(pictures, batch_size)
+    with pytest.raises(TypeError, match="TensorDataset has no"):
+        velasoka.get_cifar10_data_loader((torch.utils.data.TensorDataset(torch.zeros(1)),) * 2)
 
 
 def test_takes_subsets_and_torchvision_like_datasets(pictures, device):

@@ -28,11 +28,10 @@ def test_a_write_that_breaks_off_leaves_the_file_that_was_there(model, tmp_path,
     velasoka.save_model(model, path)
     before = path.read_bytes()
 
-    def break_off(content, file):
-        file.write(b"half")
+    def break_off(descriptor):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", break_off)
+    monkeypatch.setattr(velasoka.os, "fsync", break_off)
     with pytest.raises(KeyboardInterrupt):
         velasoka.save_model(velasoka.SimpleModel(fm_size=2), path)
     assert path.read_bytes() == before
@@ -57,6 +56,7 @@ def saved(content):
         lambda: saved(velasoka.DilatedDepthwiseModel(fm_size=4).state_dict())[:-1000],
         lambda: saved(velasoka.SimpleModel(fm_size=4).state_dict()),
         lambda: saved([1, 2]),
+        lambda: saved(velasoka.DilatedDepthwiseModel(fm_size=4).state_dict() | {"epoch": 3}),
         lambda: saved(Bomb()),
         lambda: pickle.dumps(Bomb()),
     ],
@@ -99,6 +99,7 @@ def test_show_images_draws_each_image_as_it_is_under_its_class(pictures, loaders
     for figure in (
         velasoka.show_images(images, labels, dataset.classes, columns=5),
         velasoka.show_images(dataset.data[:32], dataset.targets[:32], dataset.classes, columns=5),
+        velasoka.show_images([dataset[i][0] for i in range(32)], dataset.targets[:32], dataset.classes, columns=5),
     ):
         assert isinstance(figure, Figure)
         assert titles(figure) == [dataset.classes[label] for label in labels]
