@@ -393,15 +393,18 @@ def _unwrap(dataset):
     if not hasattr(dataset, "data") or not hasattr(dataset, "targets"):
         raise TypeError(f"dataset: {type(dataset).__name__} has no .data and .targets; a DataLoader takes any dataset")
     images, labels = np.asarray(dataset.data), np.asarray(dataset.targets)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(labels):
+        shapes = f"{images.dtype} {images.shape} and {len(labels)} targets"
+        raise ValueError(f"dataset: .data of uint8 N×H×W×3 and N .targets are needed, not {shapes}")
     return images, labels, getattr(dataset, "transform", None), getattr(dataset, "note", "")
 
 
 def _normalization(transform):
-    """Mean and std of the `Normalize` somewhere in `transform`, else those that change nothing."""
+    """Mean and std of the first `Normalize` in `transform`, None where there is none."""
     if isinstance(transform, (transforms.Normalize, v2.Normalize)):
         return transform.mean, transform.std
-    found = [_normalization(part) for part in getattr(transform, "transforms", [])]
-    return next((pair for pair in found if pair != (0.0, 1.0)), (0.0, 1.0))
+    found = (_normalization(part) for part in getattr(transform, "transforms", []))
+    return next((pair for pair in found if pair), None)
 
 
 class _DeviceLoader:
@@ -410,8 +413,8 @@ class _DeviceLoader:
     def __init__(self, dataset, batch_size, device, shuffle, augment, seed):
         images, labels, transform, self.note = _unwrap(dataset)
         self.images, self.labels = torch.as_tensor(images).to(device), torch.as_tensor(labels).long().to(device)
-        mean_and_std = (torch.as_tensor(np.asarray(value, np.float32)) for value in _normalization(transform))
-        self.mean, self.std = (value.to(device) * 255 for value in mean_and_std)
+        mean_and_std = np.array(_normalization(transform) or (0.0, 1.0), dtype=np.float32)
+        self.mean, self.std = torch.from_numpy(mean_and_std * 255).to(device)  # each of 3 channels, or one for all
         self.batch_size, self.shuffle, self.augment = batch_size, shuffle, augment
         self.generator = torch.Generator(device).manual_seed(seed)
 

@@ -278,8 +278,9 @@ def test_batches_have_the_shape_type_and_place_that_a_model_takes(pictures, devi
         assert images.device.type == labels.device.type == device.type
 
 
-def test_test_loader_keeps_the_order_and_gives_what_the_dataset_gives(device):
-    dataset = velasoka.get_synthetic_dataset(10, 70, mean=(0.1, 0.2, 0.3), std=(0.9, 0.8, 0.7))
+@pytest.mark.parametrize("kind", [tuple, np.array, torch.tensor])
+def test_test_loader_keeps_the_order_and_gives_what_the_dataset_gives(kind, device):
+    dataset = velasoka.get_synthetic_dataset(10, 70, mean=kind((0.1, 0.2, 0.3)), std=kind((0.9, 0.8, 0.7)))
     images, labels = epoch(velasoka.get_cifar10_data_loader(dataset, 32, device=device)[1])
     expected, targets = zip(*dataset[1], strict=True)
     torch.testing.assert_close(images, torch.stack(expected))
@@ -355,6 +356,15 @@ def test_a_wrong_batch_size_or_dataset_is_named(pictures):
             velasoka.get_cifar10_data_loader(pictures, batch_size)
     with pytest.raises(TypeError, match="TensorDataset has no"):
         velasoka.get_cifar10_data_loader((torch.utils.data.TensorDataset(torch.zeros(1)),) * 2)
+
+
+@pytest.mark.parametrize(
+    "data", [np.zeros((2, 32, 32), np.uint8), np.zeros((2, 32, 32, 3)), np.zeros((3, 32, 32, 3), np.uint8)]
+)
+def test_images_of_another_kind_are_refused(data):
+    other = type("Other", (), {"data": data, "targets": [0, 1], "transform": None})
+    with pytest.raises(ValueError, match="uint8 N×H×W×3"):
+        velasoka.get_cifar10_data_loader((other, other))
 
 
 def test_takes_subsets_and_torchvision_like_datasets(pictures, device):
