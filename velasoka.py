@@ -772,7 +772,8 @@ class _Pass:
         if overflows > self.max_overflows:
             raise FloatingPointError(f"the loss is not finite since batch {self.batches - int(overflows) + 1}{lr}")
         self.loss, self.accuracy = loss / self.total, 100 * self.correct / self.total
-        self.bar.set_description_str(f"{self.word} Accuracy={self.accuracy:.2f}{self.note}, loss={self.loss:.3f}{lr}")
+        text = f"{self.word} Accuracy={self.accuracy:.2f}{self.note}, loss={self.loss:.3f}{lr}"
+        self.bar.set_description_str(text, refresh=False)
 
     def result(self):
         """The `EpochResult`, once all batches have been added."""
@@ -856,7 +857,8 @@ class _Scaler(torch.amp.GradScaler):
 def test_cnn(model, data_loader, device, *, tta=False, progress=True):
     """The `EpochResult` of `model` on any iterable of batches, its loss the plain cross entropy; trains nothing.
 
-    With `tta`, test-time augmentation: the logits are the mean over six views of each image.
+    With `tta`, test-time augmentation: the logits are the mean over six views of each image. Raises FloatingPointError
+    where the loss is not finite.
     """
     device = _place(model, device)
     batches = _Pass("Test", model, data_loader, device, progress)
@@ -940,7 +942,7 @@ def start_cnn(
     _require_whole("epochs", epochs, 1)
     device, (train_loader, test_loader) = _place(model, device), data_loader
     batches = _length(train_loader) or sum(1 for _ in train_loader)
-    scheduler, scaler = scheduler or _triangle(optimizer, epochs * batches), _Scaler(device)
+    scheduler, scaler = scheduler or _triangle(optimizer, max(1, epochs * batches)), _Scaler(device)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     made_with = {name: type(part).__name__ for name, part in parts.items()} | {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -948,16 +950,18 @@ def start_cnn(
         "epochs": epochs,
         "batches": batches,
     }
-    generator = getattr(train_loader, "generator", None)
+    generator, note = getattr(train_loader, "generator", None), getattr(train_loader, "note", "")
     history, best = History(), {}
     if resume and checkpoint_path is None:
         raise ValueError("resume=True needs a checkpoint_path to go on from")
     if resume and Path(checkpoint_path).exists():
         history, best = _load_checkpoint(checkpoint_path, parts, made_with, generator)
+    if resume and progress:
+        print(f"{checkpoint_path}: {len(history.test)} of {epochs} epochs are done{note}")
     try:
         while len(history.test) < epochs and not _reached(history, target_accuracy):
             if progress:
-                print(f"\nEPOCH: {len(history.test) + 1}{getattr(train_loader, 'note', '')}")
+                print(f"\nEPOCH: {len(history.test) + 1}{note}")
             options = {"scheduler": scheduler, "scaler": scaler, "progress": progress}
             train = train_cnn(model, train_loader, loss_fn, optimizer, device, **options)
             test = test_cnn(model, test_loader, device, progress=progress)

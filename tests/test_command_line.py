@@ -132,6 +132,7 @@ def test_an_interrupt_keeps_the_checkpoint_to_resume_from(run, monkeypatch, tmp_
     assert "interrupted" in printed.splitlines()[-1]
     status, printed, _ = run(*arguments, "--resume")
     assert status == 0
+    assert "1 of 3 epochs are done" in printed
     assert "EPOCH: 1" not in printed
     assert "EPOCH: 2" in printed
 

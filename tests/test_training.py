@@ -145,6 +145,8 @@ def test_no_batches_is_an_error(batches, model, device):
         velasoka.test_cnn(model, batches, device, **QUIET)
     with pytest.raises(ValueError, match="no batches"):
         velasoka.predict(model, batches, device)
+    with pytest.raises(ValueError, match="no batches"):
+        train(model, (batches, batches), device)
 
 
 # --- Testing ---
