@@ -544,11 +544,8 @@ def receptive_field(model, input_size=(3, 32, 32)):
     The arithmetic is that of Araujo, Norris and Sim, https://distill.pub/2019/computing-receptive-fields.
     """
     rows, names, model = [], {}, _cpu_copy(model)
-    field, jump, side = (
-        np.ones(2, int),
-        np.ones(2, int),
-        np.array(input_size[1:]),
-    )  # of the view so far: (height, width)
+    field, jump = np.ones((2, 2), int)  # of the view so far, each (height, width)
+    side = np.array(input_size[1:])  # of what the next layer looks at
 
     def record(layer, inputs, output):
         nonlocal field, jump, side
@@ -675,13 +672,11 @@ def _orthogonalise(filters, steps=3):
 
     Newton–Schulz iteration with the coefficients of Jordan et al., which trade exactness (0.7 to 1.2) for speed.
     """
-    matrix = filters.flatten(1).to(_precision(filters.device))
-    matrix = matrix / (matrix.norm() + 1e-7)
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    matrix = filters.flatten(1)
+    matrix = (matrix / (matrix.norm() + 1e-7)).to(_precision(filters.device))  # in this order: float16 has no 1e-8
     for _ in range(steps):
-        gram = wide @ wide.T
-        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
-    matrix = wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+        gram = matrix @ matrix.T
+        matrix = 3.4445 * matrix + (-4.7750 * gram + 2.0315 * gram @ gram) @ matrix
     return matrix.reshape(filters.shape).to(filters.dtype)
 
 
@@ -1086,8 +1081,8 @@ def _load_checkpoint(path, parts, made_with, generator):
     if not isinstance(content, dict) or "made_with" not in content:
         raise ValueError(f"{path}: not a checkpoint of start_cnn")
     for name, value in made_with.items():
-        if content["made_with"][name] != value:
-            raise ValueError(f"{path}: was made with {name}={content['made_with'][name]}, this run has {name}={value}")
+        if (before := content["made_with"].get(name)) != value:
+            raise ValueError(f"{path}: was made with {name}={before}, this run has {name}={value}")
     try:
         for name, part in parts.items():
             part.load_state_dict(content[name])

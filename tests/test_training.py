@@ -372,11 +372,22 @@ def test_label_smoothing_lowers_the_target():
         assert velasoka.get_ce_loss(smoothing)(logits, labels) == expected
 
 
-def test_muon_turns_filters_by_orthogonal_steps_and_keeps_their_norm(device):
-    filters = torch.randn(16, 8, 3, 3, device=device)
-    values = torch.linalg.svdvals(velasoka._orthogonalise(filters, steps=5).flatten(1).float())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(16, 8, 3, 3), (32, 3, 3, 3), (8, 4, 1, 1)])
+def test_a_step_is_made_orthogonal_whatever_its_shape_and_however_small(shape, dtype, device, monkeypatch):
+    monkeypatch.setattr(velasoka, "_precision", lambda device: dtype)
+    torch.manual_seed(0)
+    filters = 1e-6 * torch.randn(shape, device=device)
+    result = velasoka._orthogonalise(filters, steps=5)
+    values = torch.linalg.svdvals(result.flatten(1))
+    assert result.dtype is torch.float32
     assert values.min() > 0.5
     assert values.max() < 1.5
+    left, _, right = torch.linalg.svd(filters.flatten(1), full_matrices=False)
+    assert torch.nn.functional.cosine_similarity(result.flatten(), (left @ right).flatten(), 0) > 0.95
+
+
+def test_muon_turns_filters_and_keeps_their_norm(device):
     layer = nn.Conv2d(8, 16, 3).to(device)
     model = nn.Sequential(layer, nn.Flatten(), nn.Linear(16 * 900, 10).to(device))
     optimizer = velasoka.get_muon_optimizer(model, lr=0.01)
