@@ -29,7 +29,7 @@ import tempfile
 import time
 import urllib.request
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from http.client import HTTPException
@@ -115,7 +115,7 @@ def _precision(device):
 def _autocast(device):
     """Mixed precision for what runs inside: convolutions in `_precision(device)`, the sensitive rest in float32."""
     dtype = _precision(device)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
+    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 def _require_whole(name, value, least):
