@@ -72,6 +72,7 @@ CIFAR10_MIRRORS = (  # byte-identical copies; the official host, often very slow
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
 )
 
+_BATCH_SIZE = 128  # images a training step, unless asked for otherwise
 _ARCHIVE, _ARCHIVE_MD5 = "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"
 _BATCHES = "cifar-10-batches-py"  # the folder in that archive
 
@@ -181,7 +182,8 @@ def download_cifar10(root="./data", *, mirrors=CIFAR10_MIRRORS):
 def _fetch_archive(archive, mirrors):
     """Fetch `archive` from the first of the `mirrors` that delivers it; it takes its name only when whole."""
     part, waiting, reasons = archive.with_name(archive.name + ".part"), list(mirrors), []
-    while not check_integrity(part, _ARCHIVE_MD5):
+    whole = check_integrity(part, _ARCHIVE_MD5)  # an earlier call may have been stopped just before it renamed it
+    while not whole:
         if not waiting:
             tried = "".join(f"\n  {reason}" for reason in reasons) or " none"
             way_out = f"fetch {_ARCHIVE} by hand and put it into {archive.parent.resolve()}"
@@ -189,15 +191,15 @@ def _fetch_archive(archive, mirrors):
         url, resumed = waiting.pop(0), part.exists()
         try:
             _fetch(url, part)
-            reason = None if check_integrity(part, _ARCHIVE_MD5) else "not the published file (its md5 differs)"
-            broken = reason is not None
+            whole = check_integrity(part, _ARCHIVE_MD5)
+            reason, broken = "not the published file (its md5 differs)", not whole
         except (OSError, HTTPException, ValueError) as error:
             reason, broken = error, getattr(error, "code", None) == 416  # there is no such range: the part is too long
         if broken:
             part.unlink(missing_ok=True)
         if broken and resumed:
             waiting.insert(0, url)  # what was there before may be at fault: once more, from the start
-        elif reason:
+        elif not whole:
             reasons.append(f"{url}: {reason}")
     part.replace(archive)
 
@@ -365,7 +367,7 @@ def _draw(rng, number):
 # --- Data: load it ---------------------------------------------------------------------------------------------------
 
 
-def get_cifar10_data_loader(dataset, batch_size=128, *, device=None, augment=True, seed=SEED):
+def get_cifar10_data_loader(dataset, batch_size=_BATCH_SIZE, *, device=None, augment=True, seed=SEED):
     """`(train_loader, test_loader)` for `dataset = (train, test)`, batches of images N×3×32×32 and labels N.
 
     The whole data set lies on `device` (default: the fastest there is) as uint8 (184 MB for CIFAR-10) and batches are
@@ -616,8 +618,9 @@ def get_muon_optimizer(model, lr=0.1):
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     dense = {layer.weight for layer in model.modules() if isinstance(layer, nn.Conv2d) and layer.groups == 1}
     last = [parameter for parameter in parameters if parameter.ndim > 1][-1:]
-    filters = [parameter for parameter in parameters if parameter in dense.difference(last)]
-    others = [parameter for parameter in parameters if parameter not in set(filters)]
+    chosen = dense.difference(last)
+    filters = [parameter for parameter in parameters if parameter in chosen]
+    others = [parameter for parameter in parameters if parameter not in chosen]
     groups = [{"params": filters, "muon": True, "momentum": 0.8, "weight_decay": 0.0}, {"params": others}]
     return _MuonSGD([group for group in groups if group["params"]], lr=lr, momentum=0.9, weight_decay=5e-4)
 
@@ -724,8 +727,7 @@ class _Pass:
 
     def __init__(self, word, model, data_loader, device, progress, optimizer=None, max_overflows=0):
         self.word, self.optimizer, self.max_overflows = word, optimizer, max_overflows
-        self.device, self.memory_format = device, _memory_format(model)
-        self.data_loader, self.note = data_loader, getattr(data_loader, "note", "")
+        self.data, self.note = _batches(data_loader, model, device), getattr(data_loader, "note", "")
         self.sums = torch.zeros(2, device=device)  # loss, correct predictions
         self.overflows = torch.zeros((), device=device)  # batches in a row, up to now, whose loss is not finite
         self.total, self.batches, self.start = 0, 0, time.perf_counter()
@@ -741,8 +743,7 @@ class _Pass:
 
     def __iter__(self):
         with self.bar:
-            for images, labels in self.data_loader:
-                yield images.to(self.device, memory_format=self.memory_format), labels.to(self.device)
+            yield from self.data
             if self.total:
                 self._read()
 
@@ -794,6 +795,12 @@ def _place(model, device):
     """Move `model` to `device`, in the layout it computes in, and give `device` as a `torch.device`."""
     model.to(device, memory_format=_memory_format(model))
     return torch.device(device)
+
+
+def _batches(data_loader, model, device):
+    """The batches of `data_loader` on `device`, in the layout that `model` computes in."""
+    for images, labels in data_loader:
+        yield images.to(device, memory_format=_memory_format(model)), labels.to(device)
 
 
 def train_cnn(model, data_loader, loss_fn, optimizer, device, *, scheduler=None, scaler=None, progress=True):
@@ -871,10 +878,7 @@ def predict(model, data_loader, device, *, tta=False):
     """The logits (float N×10) and labels (int64 N) of all batches of `data_loader`, in its order, on the CPU."""
     device = _place(model, device)
     with _evaluation(model):
-        batches = [
-            (_logits(model, images.to(device, memory_format=_memory_format(model)), tta), labels.to(device))
-            for images, labels in data_loader
-        ]
+        batches = [(_logits(model, images, tta), labels) for images, labels in _batches(data_loader, model, device)]
     if not batches:
         raise ValueError("data_loader gives no batches")
     logits, labels = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
@@ -1233,7 +1237,7 @@ def _parse(arguments):
     folder = "holds cifar-10-batches-py, or its archive, or image folders train/<class>/ and test/<class>/"
     data.add_argument("--data", metavar="DIR", help=folder)
     data.add_argument("--synthetic", action="store_true", help="train on drawn pictures, which need no download")
-    add("--batch-size", type=_number(int, 1), default=128, metavar="N", help="default: %(default)s")
+    add("--batch-size", type=_number(int, 1), default=_BATCH_SIZE, metavar="N", help="default: %(default)s")
     add("--device", type=_usable_device, metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     add("--seed", type=_number(int, 0, 2**32 - 1), default=SEED, metavar="N", help="default: %(default)s")
     add("--checkpoint", type=Path, metavar="FILE", help="write all that the run needs to go on, after every epoch")

@@ -1,6 +1,7 @@
 """What several test files need: the device, small data sets, small models."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +37,13 @@ def loaders(pictures, device):
 def model():
     torch.manual_seed(0)
     return velasoka.DilatedDepthwiseModel(fm_size=4)
+
+
+class Bomb:
+    """Whoever unpickles it without care makes a file named `exploded`."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("exploded"),)
 
 
 def random_images(number, seed=0):

@@ -1,6 +1,7 @@
 import http.server
 import pickle
 import random
+import shutil
 import tarfile
 import threading
 import urllib.request
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import random_images
+from conftest import Bomb, random_images
 from PIL import Image
 from torch.utils.data import Subset
 from torchvision.transforms import v2
@@ -52,17 +53,11 @@ def test_ignores_what_is_no_image(image_folders):
     assert len(velasoka.get_cifar10_dataset(root=image_folders)[0]) == 30
 
 
-def remove(folder):
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
-
-
 @pytest.mark.parametrize(
     ("harm", "named"),
     [
         (lambda root: (root / "train" / "mouse").mkdir(), "mouse"),
-        (lambda root: remove(root / "test" / "ship"), "ship"),
+        (lambda root: shutil.rmtree(root / "test" / "ship"), "ship"),
         (lambda root: [path.unlink() for path in (root / "train" / "deer").iterdir()], "deer"),
         (lambda root: (root / "train" / "frog" / "0001.png").write_bytes(b"no picture"), "0001.png"),
         (lambda root: (root / "train" / "frog" / "0001.jpg").write_bytes(b""), "0001.jpg"),
@@ -75,11 +70,6 @@ def test_a_wrong_image_folder_is_named_in_one_line(image_folders, harm, named):
     with pytest.raises(ValueError, match=named) as error:
         velasoka.get_cifar10_dataset(root=image_folders)
     assert "\n" not in str(error.value)
-
-
-class Bomb:
-    def __reduce__(self):
-        return Path.touch, (Path("exploded"),)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +111,7 @@ def archive(batches_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(velasoka, "_ARCHIVE_MD5", digest(path))
     for word, names in (("train_list", [f"data_batch_{i}" for i in range(1, 6)]), ("test_list", ["test_batch"])):
         monkeypatch.setattr(velasoka.datasets.CIFAR10, word, [[name, digest(folder / name)] for name in names])
-    remove(folder)
+    shutil.rmtree(folder)
     return path
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Bomb
 from matplotlib.figure import Figure
 
 import velasoka
@@ -36,11 +37,6 @@ def test_a_write_that_breaks_off_leaves_the_file_that_was_there(model, tmp_path,
         velasoka.save_model(velasoka.SimpleModel(fm_size=2), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-
-
-class Bomb:
-    def __reduce__(self):
-        return Path.touch, (Path("exploded"),)
 
 
 def saved(content):

@@ -288,7 +288,6 @@ def test_precision_is_what_the_hardware_computes_natively(kind, native, dtype, m
 
 def test_the_models_of_this_module_compute_in_channels_last_and_others_need_not(loaders, device):
     for net, expected in ((velasoka.SimpleModel(fm_size=4), True), (nn.Sequential(nn.Conv2d(3, 10, 32)), False)):
-        net.append = None
         seen = []
         first = next(layer for layer in net.modules() if isinstance(layer, nn.Conv2d))
         hook = lambda _, inputs, seen=seen: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))  # noqa: E731
