@@ -18,21 +18,26 @@ optimiser and loss, loops, keeping, pictures, command line. Accuracy is in perce
 
 import argparse
 import copy
+import errno
 import io
 import math
 import os
 import pickle
 import random
+import re
+import shutil
 import sys
 import tarfile
 import tempfile
 import time
 import urllib.request
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from http.client import HTTPException
+from itertools import islice
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -47,6 +52,13 @@ from torchvision.datasets.folder import pil_loader
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
 
 # --- Constants -------------------------------------------------------------------------------------------------------
 
@@ -92,6 +104,7 @@ def seed_everything(seed=SEED, deterministic=False):
     `deterministic` also has torch choose algorithms that give the same bits on every run, some of them slower, for the
     rest of the process (https://pytorch.org/docs/stable/notes/randomness.html). On CUDA call it before anything else.
     """
+    _require_whole("seed", seed, 0, 2**32 - 1)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -119,10 +132,81 @@ def _autocast(device):
     return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
-def _require_whole(name, value, least):
-    """Raise ValueError unless the argument `name` is a whole number from `least` up."""
-    if not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name}={value!r}: a whole number from {least} up is needed")
+# --- Checks ----------------------------------------------------------------------------------------------------------
+
+
+def _require(fits, name, value, needed, error=ValueError):
+    """Unless the argument `name` `fits`, raise `error` naming it, its value and what is `needed`, in one line."""
+    if not fits:
+        text = " ".join(repr(value).split())
+        raise error(f"{name}={text if len(text) < 80 else type(value).__name__}: {needed} is needed")
+
+
+def _require_kind(name, value, kind, needed):
+    """Raise TypeError unless `value` is of a `kind`."""
+    _require(isinstance(value, kind), name, value, needed, TypeError)
+
+
+def _require_whole(name, value, least, most=math.inf):
+    """Raise unless `value` is a whole number from `least` to `most`."""
+    fits = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value <= most
+    _require(fits, name, value, f"a whole number from {least} {'up' if most == math.inf else f'to {most}'}")
+
+
+def _require_number(name, value, low, high=math.inf, *, above=False):
+    """Raise unless `value` is a finite number from (or, if `above`, above) `low` to `high`."""
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
+    fits = number and low <= value <= high and not (above and value == low)
+    bounds = f"{'above' if above else 'from'} {low}{'' if high == math.inf else f' to {high}'}"
+    _require(fits, name, value, f"a finite number {bounds}")
+
+
+def _require_model(model):
+    """Raise TypeError unless `model` is an `nn.Module`."""
+    _require_kind("model", model, nn.Module, "a torch.nn.Module (an instance, not its class)")
+
+
+def _require_path(name, value):
+    """Raise TypeError unless `value` is a path."""
+    _require_kind(name, value, (str, os.PathLike), "a path")
+
+
+def _require_input_size(size):
+    """Raise unless `size` is (channels, height, width)."""
+    _require_kind("input_size", size, (tuple, list, torch.Size), "(channels, height, width)")
+    _require(len(size) == 3, "input_size", size, "(channels, height, width)")
+    for number in size:
+        _require_whole("input_size", number, 1)
+
+
+def _require_device(device):
+    """`device` as a `torch.device`; raises ValueError unless it can be computed on here."""
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:
+        _require(False, "device", device, f"a device of this machine ({_first_line(error)})")
+    return found
+
+
+def _require_labels(name, labels, number, classes):
+    """`labels` as an int64 tensor on the CPU; raises unless they are `number` of them, each an index of `classes`."""
+    _require(not isinstance(classes, str) and len(classes) > 0, "classes", classes, "a list of names")
+    try:
+        labels = torch.as_tensor(labels).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        _require(False, name, labels, "whole numbers, one for each image", TypeError)
+    whole = labels.ndim == 1 and not labels.is_floating_point() and labels.dtype is not torch.bool
+    _require(whole or not len(labels), name, labels, "a list of whole numbers, one for each image")
+    _require(len(labels) == number, f"number of {name}", len(labels), f"one for each of the {number}")
+    for label in labels[(labels < 0) | (labels >= len(classes))][:1].tolist():
+        _require(False, f"one of {name}", label, f"an index from 0 to {len(classes) - 1}")
+    return labels.long()
+
+
+def _first_line(error):
+    """The first line of an error's text: torch's go on for pages."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 # --- Transforms ------------------------------------------------------------------------------------------------------
@@ -130,6 +214,15 @@ def _require_whole(name, value, least):
 
 def to_normalize(mean, std):
     """torchvision's `Normalize`: (pixel − mean) / std, channel by channel."""
+    lengths = set()
+    for name, values, low in (("mean", mean, -math.inf), ("std", std, 0.0)):
+        try:
+            numbers = np.asarray(values, dtype=float)
+        except (TypeError, ValueError):
+            numbers = np.array(math.nan)
+        lengths.add(numbers.size)
+        fits = numbers.ndim == 1 and np.isfinite(numbers).all() and (numbers > low).all() and len(lengths) == 1
+        _require(fits, name, values, f"a finite number{' above 0' * (low == 0)} for each channel")
     return transforms.Normalize(mean=mean, std=std)
 
 
@@ -145,6 +238,8 @@ def to_pil():
 
 def compose_transform(*args):
     """torchvision's `Compose` of the transforms given, applied from left to right."""
+    for transform in args:
+        _require(callable(transform), "args", transform, "a transform, something to call with an image,", TypeError)
     return transforms.Compose(list(args))
 
 
@@ -154,70 +249,165 @@ def compose_transform(*args):
 def download_cifar10(root="./data", *, mirrors=CIFAR10_MIRRORS):
     """Make sure that `root` holds CIFAR-10 as published, and return the `Path` of its `cifar-10-batches-py` folder.
 
-    A copy already there is verified and used. Otherwise the archive (170 MB) is fetched from the first of the `mirrors`
-    that delivers it, its md5 checked; what was received before a break is continued, also by the next call.
+    A copy already there is verified and used; an archive in a folder that cannot be written is unpacked into the
+    machine's temporary one. Otherwise the archive (170 MB) is fetched from the first of the `mirrors` that delivers it,
+    its md5 checked; what was received before a break is continued, also by the next call. A source that stalls or
+    crawls is left for the next one. Several processes may ask at once: one fetches, the others wait for it.
 
-    Raises ConnectionError naming each source with its reason, ValueError if a folder of that name holds something else.
+    Raises ConnectionError naming each source with its reason, ValueError if a folder of that name holds something else,
+    OSError where the disk is full or `root` cannot be written.
     """
+    _require_path("root", root)
+    _require(not isinstance(mirrors, str), "mirrors", mirrors, "a list of URLs", TypeError)
     root = Path(root)
     folder, archive = root / _BATCHES, root / _ARCHIVE
     if folder.exists():
-        for name, md5 in datasets.CIFAR10.train_list + datasets.CIFAR10.test_list:
-            if not check_integrity(folder / name, md5):
-                raise ValueError(f"{folder / name} is missing or damaged: remove {folder} to have it fetched again")
-        return folder
-    root.mkdir(parents=True, exist_ok=True)
-    if not check_integrity(archive, _ARCHIVE_MD5):
-        _fetch_archive(archive, mirrors)
-    with tempfile.TemporaryDirectory(dir=root) as beside, tarfile.open(archive) as tar:
-        whole = Path(beside) / _BATCHES
-        whole.mkdir()
-        for member in tar:
-            if member.isfile() and Path(member.name).parent == Path(_BATCHES):  # nothing that points elsewhere
-                (whole / Path(member.name).name).write_bytes(tar.extractfile(member).read())
-        whole.replace(folder)
+        return _verified(folder)
+    with _writable(root):
+        whole = archive.exists() and check_integrity(archive, _ARCHIVE_MD5)
+        if whole and not os.access(root, os.W_OK):
+            root = Path(tempfile.gettempdir()) / "velasoka"
+            folder = root / _BATCHES
+        root.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(root / ".lock"):
+            if folder.exists():  # another process has been at it
+                return _verified(folder)
+            if not whole and not (archive.exists() and check_integrity(archive, _ARCHIVE_MD5)):
+                _fetch_archive(archive, mirrors)
+            _unpack(archive, folder)
     return folder
 
 
-def _fetch_archive(archive, mirrors):
-    """Fetch `archive` from the first of the `mirrors` that delivers it; it takes its name only when whole."""
-    part, waiting, reasons = archive.with_name(archive.name + ".part"), list(mirrors), []
-    whole = check_integrity(part, _ARCHIVE_MD5)  # an earlier call may have been stopped just before it renamed it
-    while not whole:
-        if not waiting:
-            tried = "".join(f"\n  {reason}" for reason in reasons) or " none"
-            way_out = f"fetch {_ARCHIVE} by hand and put it into {archive.parent.resolve()}"
-            raise ConnectionError(f"{archive} is missing or damaged. Sources tried:{tried}\nWay out: {way_out}")
-        url, resumed = waiting.pop(0), part.exists()
-        try:
-            _fetch(url, part)
-            whole = check_integrity(part, _ARCHIVE_MD5)
-            reason, broken = "not the published file (its md5 differs)", not whole
-        except (OSError, HTTPException, ValueError) as error:
-            reason, broken = error, getattr(error, "code", None) == 416  # there is no such range: the part is too long
-        if broken:
+def _verified(folder):
+    """`folder`, if it holds the batches of CIFAR-10 as published."""
+    for name, md5 in datasets.CIFAR10.train_list + datasets.CIFAR10.test_list:
+        if not check_integrity(folder / name, md5):
+            raise ValueError(f"{folder / name} is missing or damaged: remove {folder} to have it fetched again")
+    return folder
+
+
+_UNWRITABLE = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES
+
+
+@contextmanager
+def _writable(root):
+    """Say it in one line where what runs inside cannot write to `root`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        way_out = "make room there (360 MB for CIFAR-10) or name another folder"
+        raise OSError(f"{root}: cannot be written ({error.strerror}): {way_out}") from error
+
+
+@contextmanager
+def _one_at_a_time(path):
+    """What runs inside runs in one process at a time. The lock on the file `path` ends with its process."""
+    with path.open("w") as file:
+        while True:
+            try:
+                if fcntl:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                else:
+                    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                break
+            except (BlockingIOError, PermissionError):  # another process has it
+                time.sleep(0.2)
+            except OSError:  # this file system has no locks
+                break
+        yield
+        with suppress(OSError):  # Windows removes no open file
+            path.unlink()
+
+
+def _unpack(archive, folder):
+    """Unpack the batches in `archive` beside `folder`, which takes its name when whole."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    try:
+        part.mkdir()
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                if member.isfile() and Path(member.name).parent == Path(_BATCHES):  # nothing that points elsewhere
+                    (part / Path(member.name).name).write_bytes(tar.extractfile(member).read())
+        part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _fetch_archive(archive, mirrors, *, timeout=10, speed=200_000, window=15):
+    """Fetch `archive` from the first of the `mirrors` that delivers it; it takes its name only when whole.
+
+    A source is left when it sends nothing for `timeout` seconds, or fewer than `speed` bytes a second over `window`
+    seconds while there is another; when all of them crawl, the fastest is taken up again.
+    """
+    part = archive.with_name(archive.name + ".part")
+    waiting, crawling, doubtful, reasons = list(mirrors), {}, [], {}
+    whole = part.exists() and check_integrity(part, _ARCHIVE_MD5)  # stopped just before it was renamed
+    while not whole and (waiting or crawling or doubtful):
+        if not waiting and crawling:
+            waiting, speed = [max(crawling, key=crawling.get)], 0
+            del crawling[waiting[0]]
+        elif not waiting:  # all that is left sends wrong bytes after those that were there: these may be at fault
+            waiting, doubtful = doubtful, []
             part.unlink(missing_ok=True)
-        if broken and resumed:
-            waiting.insert(0, url)  # what was there before may be at fault: once more, from the start
-        elif not whole:
-            reasons.append(f"{url}: {reason}")
+        url, have = waiting.pop(0), part.stat().st_size if part.exists() else 0
+        try:
+            _fetch(url, part, have, timeout, speed if waiting or crawling or doubtful else 0, window)
+            whole = check_integrity(part, _ARCHIVE_MD5)
+            reasons[url], wrong = "not the published file (its md5 differs)", not whole
+        except _CrawlError as error:
+            reasons[url], crawling[url], wrong = error, error.speed, False
+        except (OSError, HTTPException, ValueError) as error:
+            if getattr(error, "errno", None) in _UNWRITABLE:
+                raise
+            reasons[url], wrong = error, getattr(error, "code", None) == 416  # no such range: the part is too long
+        if wrong and have:
+            os.truncate(part, have)
+            doubtful.append(url)
+        elif wrong:
+            part.unlink(missing_ok=True)
+    if not whole:
+        tried = "".join(f"\n  {url}: {reason}" for url, reason in reasons.items()) or " none"
+        way_out = f"fetch {_ARCHIVE} by hand and put it into {archive.parent.resolve()}"
+        raise ConnectionError(f"{archive} is missing or damaged. Sources tried:{tried}\nWay out: {way_out}")
     part.replace(archive)
 
 
-def _fetch(url, part):
-    """Fetch `url` into the file `part`, going on from what it already holds where the server can."""
-    have = part.stat().st_size if part.exists() else 0
+class _CrawlError(ConnectionError):
+    """A source was slower than it may be, at `speed` bytes a second."""
+
+    def __init__(self, speed):
+        super().__init__(f"crawls at {speed / 1000:.0f} kB/s")
+        self.speed = speed
+
+
+def _fetch(url, part, have, timeout, speed, window):
+    """Fetch `url` into the file `part` after the `have` bytes that it holds; these are never lost."""
     headers = {"User-Agent": f"velasoka/{__version__}"} | ({"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as reply:
-        have = have if reply.status == 206 else 0  # 206: the server sends only the rest
-        size = have + int(reply.headers.get("Content-Length", 0))
-        bar = tqdm(initial=have, total=size or None, unit="B", unit_scale=True, desc=url.split("/")[2], file=sys.stdout)
-        with part.open("ab" if have else "wb") as file, bar:
-            while chunk := reply.read(1 << 16):
-                file.write(chunk)
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as reply:
+        if reply.headers.get_content_type() == "text/html":
+            raise ConnectionError(f"answers with a web page ({reply.url}), not with the archive")
+        skip = 0 if reply.status == 206 else have  # 206: the server sends only the rest
+        start = have - skip
+        size = start + int(reply.headers.get("Content-Length", 0))
+        source = url.split("/")[2]
+        bar = tqdm(initial=start, total=size or None, unit="B", unit_scale=True, desc=source, file=sys.stdout)
+        began, received = time.perf_counter(), 0
+        with part.open("ab") as file, bar:
+            while chunk := reply.read1(1 << 16):
+                file.write(chunk[skip:])
+                skip = max(0, skip - len(chunk))
                 bar.update(len(chunk))
-    if size and part.stat().st_size < size:
-        raise ConnectionError(f"broke off after {part.stat().st_size:,} of {size:,} bytes")
+                received += len(chunk)
+                seconds = time.perf_counter() - began
+                if seconds >= window:
+                    if received < speed * seconds:
+                        raise _CrawlError(received / seconds)
+                    began, received = time.perf_counter(), 0
+    if bar.n < size:
+        raise ConnectionError(f"broke off after {bar.n:,} of {size:,} bytes")
 
 
 # --- Data: read it ---------------------------------------------------------------------------------------------------
@@ -251,13 +441,14 @@ def get_cifar10_dataset(mean=CIFAR10_MEAN, std=CIFAR10_STD, *, root="./data", do
     Raises FileNotFoundError where there is nothing and `download` is false, ConnectionError where no source delivers,
     ValueError naming the file or folder that is not as it should be.
     """
-    root = Path(root)
+    _require_path("root", root)
+    root, _ = Path(root), to_normalize(mean, std)  # before an hour's download
     if (root / _BATCHES).is_dir():
         read = _read_batches
     elif (root / "train").is_dir() or (root / "test").is_dir():
         read = _read_image_folders
     elif download or (root / _ARCHIVE).is_file():
-        download_cifar10(root, mirrors=CIFAR10_MIRRORS if download else ())
+        root = download_cifar10(root, mirrors=CIFAR10_MIRRORS if download else ()).parent
         read = _read_batches
     else:
         raise FileNotFoundError(f"no CIFAR-10 in {root}: neither {_BATCHES} nor {_ARCHIVE} nor train/ and test/")
@@ -342,6 +533,9 @@ def get_synthetic_dataset(num_train=5000, num_test=1000, *, seed=SEED, mean=CIFA
     Ten classes of shape in any colour, place and size, lighter or darker than a shaded background, under noise: a small
     network learns them within a few epochs, a linear classifier does not. The same `seed` draws the same pictures.
     """
+    for name, number in (("num_train", num_train), ("num_test", num_test)):
+        _require_whole(name, number, 1)
+    _require_whole("seed", seed, 0)
     rng = np.random.default_rng(seed)
     return tuple(
         _Pictures(*_draw(rng, number), _SHAPES, mean, std, note=" (not CIFAR-10)") for number in (num_train, num_test)
@@ -379,12 +573,20 @@ def get_cifar10_data_loader(dataset, batch_size=_BATCH_SIZE, *, device=None, aug
     Batches are laid out channels_last, so a `forward` of your own says `flatten` or `reshape` rather than `view`.
     """
     _require_whole("batch_size", batch_size, 1)
-    train, test = dataset
-    device = torch.device(device) if device is not None else get_available_device()
+    _require_whole("seed", seed, 0)
+    _require_kind("augment", augment, bool, "True or False")
+    train, test = _pair("dataset", dataset)
+    device = _require_device(device) if device is not None else get_available_device()
     return (
         _DeviceLoader(train, batch_size, device, shuffle=True, augment=augment, seed=seed),
         _DeviceLoader(test, batch_size, device, shuffle=False, augment=False, seed=seed),
     )
+
+
+def _pair(name, value):
+    """`value`, if it is `(train, test)`."""
+    _require(isinstance(value, (tuple, list)) and len(value) == 2, name, value, "a pair (train, test)", TypeError)
+    return value
 
 
 def _unwrap(dataset):
@@ -394,10 +596,10 @@ def _unwrap(dataset):
         return images[dataset.indices], labels[dataset.indices], *rest
     if not hasattr(dataset, "data") or not hasattr(dataset, "targets"):
         raise TypeError(f"dataset: {type(dataset).__name__} has no .data and .targets; a DataLoader takes any dataset")
-    images, labels = np.asarray(dataset.data), np.asarray(dataset.targets)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(labels):
-        shapes = f"{images.dtype} {images.shape} and {len(labels)} targets"
-        raise ValueError(f"dataset: .data of uint8 N×H×W×3 and N .targets are needed, not {shapes}")
+    images, classes = np.asarray(dataset.data), getattr(dataset, "classes", range(2**31))
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+        raise ValueError(f"dataset: .data of uint8 N×H×W×3 is needed, not of {images.dtype} {images.shape}")
+    labels = _require_labels("dataset.targets", dataset.targets, len(images), classes).numpy()
     return images, labels, getattr(dataset, "transform", None), getattr(dataset, "note", "")
 
 
@@ -462,21 +664,35 @@ class SimpleModel(nn.Module):
 
     `fm_size` is the width of the first convolution; every block doubles it. Input N×3×H×W with sides of 16 or more,
     output logits N×10. The comments give the output of each block for 32×32 images, and its receptive field.
+
+    In all three models the channels of a layer come in pairs that mirror each other, the first with the last and so on
+    (`_mirrored`): a photograph and its mirror image get (nearly) the same logits, and either teaches what both would.
     """
 
     def __init__(self, fm_size=32):
         super().__init__()
+        _require_whole("fm_size", fm_size, 1)
         f = fm_size
-        self.c1 = _block(_conv(3, f, 3), _conv(f, 2 * f, 3))  # 64×16×16, receptive field 6
+        self.c1 = _block(_conv(3, f, 3, mirrored=(0, 3)), _conv(f, 2 * f, 3))  # 64×16×16, receptive field 6
         self.c2 = _block(_conv(2 * f, 2 * f, 3), _conv(2 * f, 4 * f, 3))  # 128×8×8, 16
         self.c3 = _block(_conv(4 * f, 4 * f, 3), _conv(4 * f, 8 * f, 3))  # 256×4×4, 36
-        self.c4 = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8 * f, 10, 1), nn.Flatten())  # 10, 60
+        classes = _mirrored(nn.Conv2d(8 * f, 10, 1), (1, 3))
+        self.c4 = nn.Sequential(nn.AdaptiveAvgPool2d(1), classes, nn.Flatten())  # 10, 60
 
     memory_format = torch.channels_last  # what the loops lay images and weights out in; convolutions are faster so
 
     def forward(self, images):
         """Logits N×10 of images N×3×H×W."""
+        fits = images.ndim == 4 and images.shape[1] == 3 and min(images.shape[2:]) >= 16
+        _require(fits, "shape of images", tuple(images.shape), "N×3×H×W with sides of 16 or more")
         return self.c4(self.c3(self.c2(self.c1(images))))
+
+    def __setstate__(self, state):
+        """Make a copy of the model what the model is: copying leaves the hooks of `_mirrored` out."""
+        super().__setstate__(state)
+        for layer in self.modules():
+            if hasattr(layer, "mirrored"):
+                _tie(layer)
 
 
 class DilatedModel(SimpleModel):
@@ -501,20 +717,48 @@ class DilatedDepthwiseModel(DilatedModel):
     def __init__(self, fm_size=32):
         super().__init__(fm_size)
         f = fm_size
-        depthwise = nn.Conv2d(2 * f, 2 * f, 3, padding=1, groups=2 * f)
+        depthwise = _mirrored(nn.Conv2d(2 * f, 2 * f, 3, padding=1, groups=2 * f))
         self.c2 = _block(_conv(2 * f, 2 * f, 3), [depthwise, *_conv(2 * f, 4 * f, 1)])  # 128×8×8, 16
 
 
-def _conv(in_channels, out_channels, kernel_size, dilation=1):
+def _block(*stages):
+    """All stages, the last one's norm and ReLU behind a max-pool that halves the side: there they have a quarter to do.
+
+    The pool's `ceil_mode` keeps the last row of an odd side. Norm behind the pool is also worth accuracy (airbench).
+    """
+    *layers, norm, relu = (layer for stage in stages for layer in stage)
+    return nn.Sequential(*layers, nn.MaxPool2d(2, ceil_mode=True), norm, relu)
+
+
+def _conv(in_channels, out_channels, kernel_size, dilation=1, mirrored=(0, 1, 3)):
     """Convolution, batch norm, ReLU. Odd kernels are padded to keep the side; a 2×2 one, unpadded, takes 1 off it."""
     padding = dilation * (kernel_size - 1) // 2 if kernel_size % 2 else 0
     convolution = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation)
-    return [convolution, nn.BatchNorm2d(out_channels), nn.ReLU()]
+    return [_mirrored(convolution, mirrored), _mirrored(nn.BatchNorm2d(out_channels)), nn.ReLU()]
 
 
-def _block(*stages):
-    """The layers of all stages, then a max-pool that halves the side; `ceil_mode` keeps the last row of an odd side."""
-    return nn.Sequential(*(layer for stage in stages for layer in stage), nn.MaxPool2d(2, ceil_mode=True))
+def _mirrored(layer, dims=(0, 1, 3)):
+    """`layer`, for good such that mirroring its input and reversing the channels does the same to its output.
+
+    For that its weight, output channels × input channels × rows × columns, must not change when flipped along `dims`
+    (colours and classes have no mirror image: those of the first and the last layer are left out). So the weight is
+    made at the start, and so its gradient is kept: the mean of what an image and its mirror image would give, for the
+    price of one of them. Group-equivariant networks, Cohen and Welling, https://arxiv.org/abs/1602.07576.
+    """
+    layer.mirrored = dims
+    nn.init.zeros_(layer.bias)
+    if layer.weight.ndim == 4:
+        with torch.no_grad():
+            layer.weight.add_(layer.weight.flip(dims)).div_(2**0.5)  # √2 keeps the variance
+    _tie(layer)
+    return layer
+
+
+def _tie(layer):
+    """Have the gradients of a `_mirrored` layer made symmetric, whoever trains it."""
+    for parameter in layer.parameters():
+        dims = [dim for dim in layer.mirrored if dim < parameter.ndim]
+        parameter.register_hook(lambda gradient, dims=dims: (gradient + gradient.flip(dims)) / 2)
 
 
 MODELS = {"simple": SimpleModel, "dilated": DilatedModel, "dilated-depthwise": DilatedDepthwiseModel}
@@ -525,6 +769,7 @@ MODELS = {"simple": SimpleModel, "dilated": DilatedModel, "dilated-depthwise": D
 
 def count_parameters(model):
     """The number of trainable parameters of `model`, each counted once."""
+    _require_model(model)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -545,6 +790,8 @@ def receptive_field(model, input_size=(3, 32, 32)):
 
     The arithmetic is that of Araujo, Norris and Sim, https://distill.pub/2019/computing-receptive-fields.
     """
+    _require_model(model)
+    _require_input_size(input_size)
     rows, names, model = [], {}, _cpu_copy(model)
     field, jump = np.ones((2, 2), int)  # of the view so far, each (height, width)
     side = np.array(input_size[1:])  # of what the next layer looks at
@@ -586,6 +833,8 @@ def model_summary(model, input_size, device=None):
     `input_size` is (channels, height, width). The model, its mode, its buffers and the random state stay as they are:
     all is computed on a copy on the CPU, whatever the `device`, which older notebooks pass.
     """
+    _require_model(model)
+    _require_input_size(input_size)
     with torch.random.fork_rng(devices=[]):  # torchsummary draws a random input
         torchsummary.summary(_cpu_copy(model), tuple(input_size), device="cpu")
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -606,7 +855,8 @@ def _cpu_copy(model):
 
 def get_sgd_optimizer(model, lr=0.05, momentum=0.9):
     """SGD with Nesterov momentum and weight decay 5e-4; `lr` is the peak of the schedule that `start_cnn` makes."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = _trainable(model, lr)
+    _require_number("momentum", momentum, 0, 1)
     return _MuonSGD([{"params": parameters}], lr=lr, momentum=momentum, weight_decay=5e-4)
 
 
@@ -615,7 +865,7 @@ def get_muon_optimizer(model, lr=0.1):
 
     All else: the last layer, depthwise convolutions, biases, norms; in a model without convolutions, everything.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = _trainable(model, lr)
     dense = {layer.weight for layer in model.modules() if isinstance(layer, nn.Conv2d) and layer.groups == 1}
     last = [parameter for parameter in parameters if parameter.ndim > 1][-1:]
     chosen = dense.difference(last)
@@ -623,6 +873,15 @@ def get_muon_optimizer(model, lr=0.1):
     others = [parameter for parameter in parameters if parameter not in chosen]
     groups = [{"params": filters, "muon": True, "momentum": 0.8, "weight_decay": 0.0}, {"params": others}]
     return _MuonSGD([group for group in groups if group["params"]], lr=lr, momentum=0.9, weight_decay=5e-4)
+
+
+def _trainable(model, lr):
+    """The parameters of `model` that an optimiser moves, at the rate `lr`."""
+    _require_model(model)
+    _require_number("lr", lr, 0, above=True)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    _require(parameters, "model", model, "a model with trainable parameters")
+    return parameters
 
 
 class _MuonSGD(torch.optim.Optimizer):
@@ -688,6 +947,7 @@ def get_ce_loss(label_smoothing=0.1):
 
     Label smoothing is from Szegedy et al., https://arxiv.org/abs/1512.00567.
     """
+    _require_number("label_smoothing", label_smoothing, 0, 1)
     return nn.CrossEntropyLoss(label_smoothing=label_smoothing)
 
 
@@ -719,18 +979,69 @@ class History:
     best_epoch: int = 0
 
 
-class _Pass:
-    """One pass over a loader: its batches on the device, a progress bar, and the sums of what came out.
+class _Batches:
+    """The batches of a loader, checked, on the device, in the layout that the model computes in.
+
+    Used as a context, it says it in one line where the memory does not suffice for them.
+    """
+
+    def __init__(self, data_loader, model, device):
+        _require(hasattr(data_loader, "__iter__"), "data_loader", data_loader, "an iterable of batches", TypeError)
+        self.data_loader, self.device, self.layout = data_loader, device, _memory_format(model)
+        self.number, self.size, self.highest = 0, 0, 0  # of batches; of images in the last one; label seen so far
+
+    def __iter__(self):
+        for batch in self.data_loader:
+            images, labels = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (None, None)
+            tensors = isinstance(images, torch.Tensor) and isinstance(labels, torch.Tensor)
+            if not tensors or not images.is_floating_point() or labels.dtype is not torch.int64:
+                kinds = [getattr(part, "dtype", type(part).__name__) for part in (images, labels)]
+                kinds = kinds if tensors else type(batch).__name__
+                raise TypeError(f"data_loader: (float images, int64 labels) are needed as a batch, not {kinds}")
+            if images.ndim != 4 or labels.shape != images.shape[:1] or not len(labels):
+                shapes = f"{tuple(images.shape)} and {tuple(labels.shape)}"
+                raise ValueError(f"data_loader: images N×C×H×W and labels N are needed as a batch, not {shapes}")
+            if (
+                not self.number or labels.device.type == "cpu" != self.device.type
+            ):  # to read a GPU's, the host would wait
+                values = labels.numpy(force=True)
+                self.highest = max(self.highest, values.max())
+                _require(values.min() >= 0, "a label in data_loader", values.min(), "an index from 0 up")
+            self.number, self.size = self.number + 1, len(images)
+            yield images.to(self.device, memory_format=self.layout), labels.to(self.device)
+        if not self.number:
+            raise ValueError("data_loader gives no batches")
+
+    def check(self, logits):
+        """Raise ValueError unless the model gave logits N×classes, as many classes as the labels have."""
+        if logits.ndim != 2 or len(logits) != self.size or logits.shape[1] <= self.highest:
+            needed = f"logits of {self.size} images × at least {self.highest + 1} classes, as data_loader has labels"
+            raise ValueError(f"model: {needed} are needed, not {tuple(logits.shape)}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        exhausted = isinstance(error, RuntimeError) and re.search("out of memory|DefaultCPUAllocator", str(error))
+        if exhausted or isinstance(error, MemoryError):
+            way_out = f"try half, batch_size={self.size // 2}" if self.size > 1 else "try a smaller model"
+            what = f"out of memory on {self.device} with batches of {self.size} images"
+            raise MemoryError(f"{what}: {way_out}") from error
+
+
+class _Pass(_Batches):
+    """One pass over a loader: its batches, a progress bar, and the sums of what came out.
 
     The sums stay on the device: reading them makes the host wait for it, so that is done twice a second and at the end.
     """
 
     def __init__(self, word, model, data_loader, device, progress, optimizer=None, max_overflows=0):
+        super().__init__(data_loader, model, device)
         self.word, self.optimizer, self.max_overflows = word, optimizer, max_overflows
-        self.data, self.note = _batches(data_loader, model, device), getattr(data_loader, "note", "")
+        self.note = getattr(data_loader, "note", "")
         self.sums = torch.zeros(2, device=device)  # loss, correct predictions
         self.overflows = torch.zeros((), device=device)  # batches in a row, up to now, whose loss is not finite
-        self.total, self.batches, self.start = 0, 0, time.perf_counter()
+        self.total, self.start = 0, time.perf_counter()
         self.next_read = self.start
         self.bar = tqdm(
             desc=f"{word}{self.note}",
@@ -743,9 +1054,8 @@ class _Pass:
 
     def __iter__(self):
         with self.bar:
-            yield from self.data
-            if self.total:
-                self._read()
+            yield from super().__iter__()
+            self._read()
 
     def add(self, loss, logits, labels):
         """Count one batch; true if the sums were read, half a second after the last time."""
@@ -753,7 +1063,7 @@ class _Pass:
         self.overflows = torch.where(finite, 0, self.overflows + 1)
         loss = torch.where(finite, loss.detach() * len(labels), 0)
         self.sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
-        self.total, self.batches = self.total + len(labels), self.batches + 1
+        self.total += len(labels)
         read = time.perf_counter() >= self.next_read
         if read:
             self._read()
@@ -766,15 +1076,13 @@ class _Pass:
         loss, self.correct, overflows = torch.cat([self.sums, self.overflows[None]]).tolist()
         lr = f", lr={self.optimizer.param_groups[0]['lr']:.4f}" if self.optimizer else ""
         if overflows > self.max_overflows:
-            raise FloatingPointError(f"the loss is not finite since batch {self.batches - int(overflows) + 1}{lr}")
+            raise FloatingPointError(f"the loss is not finite since batch {self.number - int(overflows) + 1}{lr}")
         self.loss, self.accuracy = loss / self.total, 100 * self.correct / self.total
         text = f"{self.word} Accuracy={self.accuracy:.2f}{self.note}, loss={self.loss:.3f}{lr}"
         self.bar.set_description_str(text, refresh=False)
 
     def result(self):
         """The `EpochResult`, once all batches have been added."""
-        if not self.total:
-            raise ValueError("data_loader gives no batches")
         return EpochResult(self.loss, self.accuracy, int(self.correct), self.total, time.perf_counter() - self.start)
 
 
@@ -793,14 +1101,10 @@ def _memory_format(model):
 
 def _place(model, device):
     """Move `model` to `device`, in the layout it computes in, and give `device` as a `torch.device`."""
+    _require_model(model)
+    device = _require_device(device)
     model.to(device, memory_format=_memory_format(model))
-    return torch.device(device)
-
-
-def _batches(data_loader, model, device):
-    """The batches of `data_loader` on `device`, in the layout that `model` computes in."""
-    for images, labels in data_loader:
-        yield images.to(device, memory_format=_memory_format(model)), labels.to(device)
+    return device
 
 
 def train_cnn(model, data_loader, loss_fn, optimizer, device, *, scheduler=None, scaler=None, progress=True):
@@ -810,27 +1114,33 @@ def train_cnn(model, data_loader, loss_fn, optimizer, device, *, scheduler=None,
     that takes float16, give each epoch the same `scaler`; the scaled gradients follow Micikevicius et al.,
     https://arxiv.org/abs/1710.03740.
 
-    Raises FloatingPointError naming the batch from which on the loss was not finite.
+    Raises FloatingPointError naming the batch from which on the loss was not finite, MemoryError naming the batch size
+    where memory is exhausted, TypeError or ValueError for batches or logits of another kind.
     """
     device = _place(model, device)
+    _require(callable(loss_fn), "loss_fn", loss_fn, "a function of logits and labels", TypeError)
+    _require_kind("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
+    own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    _require(own.intersection(model.parameters()), "optimizer", optimizer, "one made for this model, whose parameters")
     model.train()
     scaler = scaler or _Scaler(device)
     refused = scaler.refused()
-    batches = _Pass("Train", model, data_loader, device, progress, optimizer, 20 if scaler.is_enabled() else 0)
-    for images, labels in batches:
-        optimizer.zero_grad()
-        with _autocast(device):
-            logits = model(images)
-        loss = loss_fn(logits.float(), labels)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        if refused > scaler.held:  # the schedule waits for a step that was refused
-            scaler.held += 1
-        elif scheduler is not None:
-            scheduler.step()
-        if batches.add(loss, logits, labels):
-            refused = scaler.refused()
+    with _Pass("Train", model, data_loader, device, progress, optimizer, 20 * scaler.is_enabled()) as batches:
+        for images, labels in batches:
+            optimizer.zero_grad()
+            with _autocast(device):
+                logits = model(images)
+            batches.check(logits)
+            loss = loss_fn(logits.float(), labels)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if refused > scaler.held:  # the schedule waits for a step that was refused
+                scaler.held += 1
+            elif scheduler is not None:
+                scheduler.step()
+            if batches.add(loss, logits, labels):
+                refused = scaler.refused()
     return batches.result()
 
 
@@ -863,10 +1173,10 @@ def test_cnn(model, data_loader, device, *, tta=False, progress=True):
     where the loss is not finite.
     """
     device = _place(model, device)
-    batches = _Pass("Test", model, data_loader, device, progress)
-    with _evaluation(model):
+    with _evaluation(model), _Pass("Test", model, data_loader, device, progress) as batches:
         for images, labels in batches:
             logits = _logits(model, images, tta)
+            batches.check(logits)
             batches.add(F.cross_entropy(logits, labels), logits, labels)
     return batches.result()
 
@@ -876,12 +1186,14 @@ test_cnn.__test__ = False  # not one of pytest's, also where a test file imports
 
 def predict(model, data_loader, device, *, tta=False):
     """The logits (float N×10) and labels (int64 N) of all batches of `data_loader`, in its order, on the CPU."""
-    device = _place(model, device)
-    with _evaluation(model):
-        batches = [(_logits(model, images, tta), labels) for images, labels in _batches(data_loader, model, device)]
-    if not batches:
-        raise ValueError("data_loader gives no batches")
-    logits, labels = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
+    device, results = _place(model, device), []
+    with _evaluation(model), _Batches(data_loader, model, device) as batches:
+        for images, labels in batches:
+            results.append((_logits(model, images, tta), labels))
+            batches.check(results[-1][0])
+    logits, labels = (torch.cat(parts).cpu() for parts in zip(*results, strict=True))
+    if not logits.isfinite().all():
+        raise ValueError("model: its logits are not finite, so its weights are damaged or its images are")
     return logits, labels
 
 
@@ -936,25 +1248,34 @@ def start_cnn(
     and ends as it would have without the break. An interrupt (Ctrl-C, the notebook's stop button) or a loss that is not
     finite ends training with a warning, the model holding its best weights so far.
 
-    Raises ValueError where `epochs` is not from 1 up, or the checkpoint cannot be read or belongs to another run.
+    Raises ValueError or TypeError, before anything is trained, for an argument that does not fit, a checkpoint that
+    cannot be read or one of another run; MemoryError naming the batch size where memory is exhausted.
     """
     _require_whole("epochs", epochs, 1)
-    device, (train_loader, test_loader) = _place(model, device), data_loader
+    if target_accuracy is not None:
+        _require_number("target_accuracy", target_accuracy, 0, 100)
+    if checkpoint_path is not None:
+        _require_path("checkpoint_path", checkpoint_path)
+    _require(not resume or checkpoint_path, "resume", resume, "a checkpoint_path to go on from")
+    device, (train_loader, test_loader) = _place(model, device), _pair("data_loader", data_loader)
+    _try_out(model, test_loader, device)
     batches = _length(train_loader) or sum(1 for _ in train_loader)
-    scheduler, scaler = scheduler or _triangle(optimizer, max(1, epochs * batches)), _Scaler(device)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    made_with = {name: type(part).__name__ for name, part in parts.items()} | {
+    made_with = {
+        "model": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "parameter_groups": len(optimizer.param_groups),
+        "loss": repr(loss_fn) if isinstance(loss_fn, nn.Module) else type(loss_fn).__name__,
+        "optimizer": type(optimizer).__name__,
+        "learning rates": [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups],
         "epochs": epochs,
         "batches": batches,
     }
-    generator, note = getattr(train_loader, "generator", None), getattr(train_loader, "note", "")
-    history, best = History(), {}
-    if resume and checkpoint_path is None:
-        raise ValueError("resume=True needs a checkpoint_path to go on from")
+    scheduler, scaler = scheduler or _triangle(optimizer, max(1, epochs * batches)), _Scaler(device)
+    made_with["scheduler"] = type(scheduler).__name__
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    generators, note = _generators(data_loader), getattr(train_loader, "note", "")
+    history, best, initial = History(), {}, copy.deepcopy(model.state_dict())
     if resume and Path(checkpoint_path).exists():
-        history, best = _load_checkpoint(checkpoint_path, parts, made_with, generator)
+        history, best = _load_checkpoint(checkpoint_path, parts, made_with, generators)
     if resume and progress:
         print(f"{checkpoint_path}: {len(history.test)} of {epochs} epochs are done{note}")
     try:
@@ -964,22 +1285,38 @@ def start_cnn(
             options = {"scheduler": scheduler, "scaler": scaler, "progress": progress}
             train = train_cnn(model, train_loader, loss_fn, optimizer, device, **options)
             test = test_cnn(model, test_loader, device, progress=progress)
+            record, weights = (history.best_accuracy, history.best_epoch), best
             if test.accuracy > history.best_accuracy or not best:
-                best = copy.deepcopy(model.state_dict())
-                history.best_accuracy, history.best_epoch = test.accuracy, len(history.test) + 1
-            history.train.append(train)
-            history.test.append(test)
+                record, weights = (test.accuracy, len(history.test) + 1), copy.deepcopy(model.state_dict())
+            epochs_so_far = [*history.train, train], [*history.test, test]
+            history, best = History(*epochs_so_far, "completed", *record), weights  # at once: no interrupt parts them
             if checkpoint_path is not None:
-                _save_checkpoint(checkpoint_path, parts, made_with, generator, history, best)
+                _save_checkpoint(checkpoint_path, parts, made_with, generators, history, best)
         history.status = "target reached" if _reached(history, target_accuracy) else "completed"
     except (KeyboardInterrupt, FloatingPointError) as error:
         history.status, why = "interrupted", ""
         if isinstance(error, FloatingPointError):
-            history.status, why = "diverged", f": {error}; try a lower learning rate"
+            history.status, why, best = "diverged", f": {error}; try a lower learning rate", best or initial
         warnings.warn(f"{history.status} in epoch {len(history.test) + 1} of {epochs}{why}", stacklevel=2)
         if best:
             model.load_state_dict(best)
     return history
+
+
+def _try_out(model, test_loader, device):
+    """Raise at once what the test after the first epoch would: it takes the first batch, unless that would be lost."""
+    _require(hasattr(test_loader, "__iter__"), "data_loader", test_loader, "a pair of iterables of batches", TypeError)
+    if not isinstance(test_loader, Iterator):
+        with _evaluation(model), _Batches(islice(test_loader, 1), model, device) as batches:
+            for images, _ in batches:
+                batches.check(_logits(model, images, tta=False))
+
+
+def _generators(data_loader):
+    """The random generators that the two loaders, or their samplers, have of their own."""
+    holders = [holder for loader in data_loader for holder in (loader, getattr(loader, "sampler", None))]
+    found = (getattr(holder, "generator", None) for holder in holders)
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
 def _reached(history, target_accuracy):
@@ -1008,14 +1345,16 @@ def save_model(model, path):
 
     They are written beside and renamed when whole, so that a file of that name is never half written.
     """
+    _require_model(model)
     _write(model.state_dict(), path)
 
 
 def load_model(model, path, device=None):
     """Load the weights saved at `path` into `model`, move it to `device` (default: leave it where it is), return it.
 
-    Raises FileNotFoundError where there is no file, ValueError where it holds anything but weights of this model.
+    Raises FileNotFoundError where there is no file, ValueError where it holds anything but sound weights of this model.
     """
+    _require_model(model)
     weights, expected = _read(path), {name: tensor.shape for name, tensor in model.state_dict().items()}
     weights = weights if isinstance(weights, dict) else {"its content": weights}
     found = {name: getattr(tensor, "shape", type(tensor).__name__) for name, tensor in weights.items()}
@@ -1024,12 +1363,22 @@ def load_model(model, path, device=None):
             what = "a checkpoint of start_cnn, not" if "made_with" in found else "not"
             shapes = f"{name}: {found.get(name)} instead of {expected.get(name)}"
             raise ValueError(f"{path}: {what} the weights of a {type(model).__name__} ({shapes})")
+    _require_finite(weights, path)
     model.load_state_dict(weights)
-    return model if device is None else model.to(device)
+    return model if device is None else model.to(_require_device(device))
+
+
+def _require_finite(weights, path):
+    """Raise ValueError where the `weights` read from `path` hold NaN or infinity."""
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: holds damaged weights ({name} is not finite)")
 
 
 def get_drive_path(folder, filename):
     """Where `filename` is kept on Google Drive, as seen from Colab once the Drive is mounted; warns where it is not."""
+    _require_kind("folder", folder, str, "a folder's name")
+    _require_kind("filename", filename, str, "a file's name")
     if not os.path.ismount("/content/gdrive"):
         warnings.warn(
             "Google Drive is not mounted: what is saved there is lost with this machine. In Colab, run first: "
@@ -1041,7 +1390,9 @@ def get_drive_path(folder, filename):
 
 def _write(content, path):
     """`torch.save` beside `path`, flushed to the disk, then renamed: a break leaves the old file or the new one."""
+    _require_path("path", path)
     path, buffer = Path(path), io.BytesIO()
+    _require(not path.is_dir(), "path", str(path), "a file, not a folder,")
     torch.save(content, buffer)  # in memory: into a file it would turn an interrupt or a full disk into a RuntimeError
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -1057,6 +1408,7 @@ def _write(content, path):
 
 def _read(path):
     """What `_write` wrote: tensors and plain values only, for a pickle can run code. On the CPU."""
+    _require_path("path", path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -1065,60 +1417,56 @@ def _read(path):
         raise ValueError(f"{path}: not a file that this module saved ({_first_line(error)})") from error
 
 
-def _first_line(error):
-    """The first line of an error's text: torch's go on for pages."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def _save_checkpoint(path, parts, made_with, generator, history, best):
+def _save_checkpoint(path, parts, made_with, generators, history, best):
     """Write all that a run needs to go on: state of its parts and random generators, history and best weights."""
-    content = {"made_with": made_with, "history": asdict(history), "best": best, "random": _random_state(generator)}
+    content = {"made_with": made_with, "history": asdict(history), "best": best, "random": _random_state(generators)}
     try:
         _write(content | {name: part.state_dict() for name, part in parts.items()}, path)
     except OSError as error:
         warnings.warn(f"{path}: checkpoint not written ({error}); training goes on", stacklevel=3)
 
 
-def _load_checkpoint(path, parts, made_with, generator):
+def _load_checkpoint(path, parts, made_with, generators):
     """Put the parts and the random generators into the state that `path` holds; gives its history and best weights."""
     content = _read(path)
-    if not isinstance(content, dict) or "made_with" not in content:
+    if not isinstance(content, dict) or not isinstance(content.get("made_with"), dict):
         raise ValueError(f"{path}: not a checkpoint of start_cnn")
     for name, value in made_with.items():
         if (before := content["made_with"].get(name)) != value:
             raise ValueError(f"{path}: was made with {name}={before}, this run has {name}={value}")
     try:
+        _require_finite(content["model"], path)
         for name, part in parts.items():
             part.load_state_dict(content[name])
-        _set_random_state(content["random"], generator)
+        _set_random_state(content["random"], generators)
         results = {word: [EpochResult(**result) for result in content["history"][word]] for word in ("train", "test")}
         return History(**content["history"] | results), content["best"]
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: does not fit this run ({_first_line(error)})") from error
 
 
-def _random_state(generator):
-    """The state of the global random generators and of the loader's own, if it has one, in tensors and plain values."""
+def _random_state(generators):
+    """The state of the global random generators and of the loaders' own, in tensors and plain values."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "loader": generator.get_state() if generator is not None else None,
+        "loaders": [generator.get_state() for generator in generators],
     }
 
 
-def _set_random_state(state, generator):
+def _set_random_state(state, generators):
     """Put the random generators into what `_random_state` gave."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-    if generator is not None and state["loader"] is not None:
+    for generator, its_state in zip(generators, state["loaders"], strict=True):
         with suppress(RuntimeError):  # the state of another kind of device cannot be taken over
-            generator.set_state(state["loader"])
+            generator.set_state(its_state)
 
 
 # --- Pictures --------------------------------------------------------------------------------------------------------
@@ -1129,7 +1477,8 @@ def show_images(images, labels, classes, *, columns=8, mean=CIFAR10_MEAN, std=CI
 
     `images` are uint8 N×H×W×3, or float N×3×H×W normalised with `mean` and `std`; `labels` index `classes`.
     """
-    return _grid(images, [classes[int(label)] for label in labels], columns, mean, std)
+    labels = _require_labels("labels", labels, len(images), classes)
+    return _grid(images, [classes[label] for label in labels], columns, mean, std)
 
 
 def show_misclassified(images, labels, logits, classes, *, count=16, columns=8, mean=CIFAR10_MEAN, std=CIFAR10_STD):
@@ -1137,8 +1486,11 @@ def show_misclassified(images, labels, logits, classes, *, count=16, columns=8, 
 
     `images` and `labels` as for `show_images`; `logits` N×10 as `predict` gives them, in the same order.
     """
-    labels = torch.as_tensor(labels).cpu()
-    confidence, predictions = torch.as_tensor(logits).cpu().float().softmax(1).max(1)
+    _require_whole("count", count, 1)
+    labels, logits = _require_labels("labels", labels, len(images), classes), torch.as_tensor(logits).detach().cpu()
+    shape = len(images), len(classes)
+    _require(logits.shape == shape, "shape of logits", tuple(logits.shape), f"{shape} for these images and classes")
+    confidence, predictions = logits.float().softmax(1).max(1)
     wrong = (predictions != labels).nonzero()[:, 0]
     worst = wrong[confidence[wrong].argsort(descending=True)][:count]
     titles = [f"{classes[labels[i]]}, taken for\n{classes[predictions[i]]} ({confidence[i]:.0%})" for i in worst]
@@ -1147,8 +1499,14 @@ def show_misclassified(images, labels, logits, classes, *, count=16, columns=8, 
 
 def _grid(images, titles, columns, mean, std):
     """A `Figure` of images in rows of `columns`, each under its title."""
-    images = torch.stack([torch.as_tensor(image).detach().cpu() for image in images])
-    if images.dtype != torch.uint8:
+    _require_whole("columns", columns, 1)
+    to_normalize(mean, std)
+    images = torch.stack([torch.as_tensor(image).detach().cpu() for image in images]) if len(images) else torch.empty(0)
+    of_bytes = images.dtype == torch.uint8
+    fits = images.ndim == 4 and images.shape[3 if of_bytes else 1] == 3 and (of_bytes or images.is_floating_point())
+    needed = "uint8 N×H×W×3 or float N×3×H×W"
+    _require(fits, "images", f"{images.dtype} {tuple(images.shape)}", needed)
+    if not of_bytes:
         images = (images.permute(0, 2, 3, 1) * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1)
     rows = max(1, math.ceil(len(images) / columns))
     figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns, 1.6 * rows), squeeze=False, layout="constrained")
@@ -1167,6 +1525,9 @@ def plot_history(history):
     `history` is a `History`, or a dict of them by name to compare.
     """
     histories = history if isinstance(history, dict) else {"": history}
+    for one in histories.values():
+        _require_kind("history", one, History, "a History, or a dict of them by name,")
+    _require(histories, "history", history, "at least one")
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for number, (name, one) in enumerate(histories.items()):
         for word, results, style in (("test", one.test, "o-"), ("train", one.train, "o:")):
@@ -1206,7 +1567,8 @@ def per_class_accuracy(labels, predictions, classes):
 
 def _confusion(labels, predictions, number):
     """How many images of class i were taken for class j, an int array `number`×`number`."""
-    labels, predictions = (torch.as_tensor(values).cpu().long() for values in (labels, predictions))
+    labels = _require_labels("labels", labels, len(labels), range(number))
+    predictions = _require_labels("predictions", predictions, len(labels), range(number))
     return torch.bincount(labels * number + predictions, minlength=number**2).reshape(number, number).numpy()
 
 
@@ -1277,11 +1639,9 @@ def _number(kind, low, high=math.inf):
 def _usable_device(text):
     """Reads an option that names a device of this machine."""
     try:
-        device = torch.device(text)
-        torch.zeros(1, device=device).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {_first_line(error)}") from error
-    return device
+        return _require_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _main(arguments=None):
@@ -1295,7 +1655,7 @@ def _main(arguments=None):
     except KeyboardInterrupt:
         print("velasoka: interrupted", file=sys.stderr)
         return 130
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         print(f"velasoka: {error}", file=sys.stderr)
         return 2
 

@@ -35,7 +35,9 @@ def test_every_parameter_learns(name, device):
 @every_model
 def test_has_three_max_pools_then_global_average_pooling_then_the_classes(name):
     model = velasoka.MODELS[name]()
-    assert [type(block[-1]) for block in (model.c1, model.c2, model.c3)] == [nn.MaxPool2d] * 3
+    for block in (model.c1, model.c2, model.c3):
+        assert [type(layer) for layer in block][-4:] == [nn.Conv2d, nn.MaxPool2d, nn.BatchNorm2d, nn.ReLU]
+        assert sum(isinstance(layer, nn.MaxPool2d) for layer in block) == 1
     assert [type(layer) for layer in model.c4] == [nn.AdaptiveAvgPool2d, nn.Conv2d, nn.Flatten]
 
 
@@ -45,6 +47,41 @@ def test_one_is_dilated_and_one_is_depthwise_separable_too():
         assert sum(layer.dilation == (2, 2) for layer in convolutions) == dilated
         assert sum(layer.groups == layer.in_channels == 64 for layer in convolutions) == depthwise
         assert all(layer.padding == (0, 0) for layer in convolutions if layer.kernel_size == (1, 1))
+
+
+def mirrored(model, images):
+    """The logits of `images` and of their mirror images, in eval mode."""
+    model.eval()
+    return model(images), model(images.flip(-1))
+
+
+def test_mirror_images_have_the_same_logits_and_the_same_gradients(device):
+    model, images = velasoka.SimpleModel(fm_size=4).double().to(device), torch.randn(8, 3, 32, 32, device=device)
+    gradients = []
+    for logits in mirrored(model, images.double()):
+        model.zero_grad()
+        logits.square().sum().backward()
+        gradients.append([logits.detach(), *(parameter.grad for parameter in model.parameters())])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@every_model
+@pytest.mark.parametrize("copied", [False, True])
+def test_training_keeps_the_mirror_pairs(name, copied, device):
+    model = velasoka.MODELS[name](fm_size=4)
+    model = (copy.deepcopy(model) if copied else model).to(device)
+    optimizer = velasoka.get_muon_optimizer(model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 3, 32, 32, device=device)).square().sum().backward()
+        optimizer.step()
+    first, *_, last = weights = [parameter for parameter in model.parameters() if parameter.ndim == 4]
+    for weight in weights:
+        dims = {id(first): (0, 3), id(last): (1, 3)}.get(id(weight), (0, 1, 3))
+        torch.testing.assert_close(weight, weight.flip(dims), atol=1e-2, rtol=1e-2)  # matrices multiply in bfloat16
+    one, other = mirrored(model, torch.randn(8, 3, 32, 32, device=device))
+    assert (one - other).std() < 0.2 * one.std()  # batch statistics, and a side of 7 pooled to 4, are not symmetric
 
 
 def linear(model):
@@ -74,7 +111,7 @@ def measured_field(layers, side):
 def test_receptive_field_is_the_one_measured_by_gradients(name):
     model = velasoka.MODELS[name](fm_size=2)
     rows = velasoka.receptive_field(model)
-    c3_ends = next(row for row in rows if row["layer"] == f"c3.{len(model.c3) - 1}")
+    c3_ends = next(row for row in rows if row["layer"] == f"c3.{len(model.c3) - 3}")  # its max-pool
     blocks = nn.Sequential(model.c1, model.c2, model.c3)
     assert measured_field(blocks, 200) == (c3_ends["receptive_field"],) * 2
     # global average pooling of 32×32 images is a 4×4 average: its view is measured on images larger than itself

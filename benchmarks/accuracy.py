@@ -1,0 +1,116 @@
+"""Test accuracy by model and number of epochs: mean and deviation over seeds, as a table and as JSON.
+
+    python benchmarks/accuracy.py --data DIR --epochs 1 10 --seeds 5
+
+Everything is the default of `velasoka.py`, plain accuracy on the whole test set. `--held-out` is for choosing
+hyperparameters: it trains on 45,000 of the training images and reports on the other 5,000. `--without` leaves one
+technique of the recipe out, to see what it gives.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.utils.data import Subset
+from tqdm import tqdm
+
+import velasoka
+
+
+def _pool_last(*stages):
+    return nn.Sequential(*(layer for stage in stages for layer in stage), nn.MaxPool2d(2, ceil_mode=True))
+
+
+WITHOUT = {  # what stands in for which parts of velasoka.py to leave a technique out
+    "mirrored-channels": {"_mirrored": lambda layer, dims=(): layer},
+    "pool-before-norm": {"_block": _pool_last},
+    "muon": {"get_muon_optimizer": velasoka.get_sgd_optimizer},
+    "label-smoothing": {"get_ce_loss": nn.CrossEntropyLoss},
+    "decay": {"_triangle": lambda optimizer, steps: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)},
+    "translation": {"_reflect": lambda position, size: torch.arange(size, device=position.device).expand_as(position)},
+}
+
+
+def machine():
+    """What a figure depends on besides the code."""
+    device = velasoka.get_available_device()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": f"{device}: {name}", "cores": os.cpu_count(), "python": platform.python_version()} | {
+        "torch": torch.__version__,
+        "velasoka": velasoka.__version__,
+    }
+
+
+def held_out(dataset, size=5000):
+    """`(train, held-out)`: the training set in two parts, always the same."""
+    order = torch.randperm(len(dataset[0]), generator=torch.Generator().manual_seed(velasoka.SEED)).tolist()
+    return Subset(dataset[0], order[size:]), Subset(dataset[0], order[:size])
+
+
+def run(dataset, name, epochs, seed, tta):
+    """Train one model from one seed; its final accuracies in percent, and the seconds of its training."""
+    velasoka.seed_everything(seed)
+    device, model = velasoka.get_available_device(), velasoka.MODELS[name]()
+    loaders = velasoka.get_cifar10_data_loader(dataset, device=device, seed=seed)
+    optimizer, loss_fn = velasoka.get_muon_optimizer(model), velasoka.get_ce_loss()
+    history = velasoka.start_cnn(model, optimizer, loss_fn, loaders, device, epochs, progress=False)
+    if history.status != "completed":
+        raise SystemExit(f"{name}, seed {seed}: {history.status}")
+    result = {"model": name, "epochs": epochs, "seed": seed, "accuracy": history.test[-1].accuracy}
+    if tta:
+        result["tta"] = velasoka.test_cnn(model, loaders[1], device, tta=True, progress=False).accuracy
+    return result | {"seconds": sum(epoch.seconds for epoch in history.train)}
+
+
+def table(results):
+    """The results by epochs and model, as Markdown."""
+    lines = ["| epochs | model | seeds | accuracy (%) | lowest | with TTA | training, s |", "|---" * 7 + "|"]
+    for epochs, name in dict.fromkeys((result["epochs"], result["model"]) for result in results):
+        rows = [result for result in results if (result["epochs"], result["model"]) == (epochs, name)]
+        plain, tta, seconds = ([row[key] for row in rows if key in row] for key in ("accuracy", "tta", "seconds"))
+        time = f"{statistics.mean(seconds):.0f}"
+        cells = [epochs, name, len(rows), spread(plain), f"{min(plain):.2f}", spread(tta), time]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def spread(values):
+    """Mean ± sample standard deviation."""
+    if not values:
+        return "–"
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def main():
+    """Run what the options ask for, write the JSON after every run, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="./data", help="as for velasoka.py (default: %(default)s)")
+    parser.add_argument("--models", nargs="+", choices=velasoka.MODELS, default=list(velasoka.MODELS))
+    parser.add_argument("--epochs", nargs="+", type=int, default=[1])
+    parser.add_argument("--seeds", type=int, default=5, help="how many (default: %(default)s)")
+    parser.add_argument("--tta", action="store_true", help="also with test-time augmentation")
+    parser.add_argument("--held-out", action="store_true", help="report on 5,000 training images not trained on")
+    parser.add_argument("--without", choices=WITHOUT, help="leave this technique out")
+    parser.add_argument("--json", type=Path, default=Path("accuracy.json"), help="(default: %(default)s)")
+    options = parser.parse_args()
+    dataset = velasoka.get_cifar10_dataset(root=options.data)
+    dataset = held_out(dataset) if options.held_out else dataset
+    about = machine() | {"data": options.data, "held_out": options.held_out, "without": options.without}
+    runs = [(name, n, seed) for n in options.epochs for name in options.models for seed in range(options.seeds)]
+    results = []
+    with mock.patch.multiple(velasoka, **WITHOUT.get(options.without, {})), tqdm(runs, unit=" runs") as bar:
+        for name, epochs, seed in bar:
+            results.append(run(dataset, name, epochs, seed, options.tta))
+            bar.set_postfix_str(f"{name}, {epochs} epochs, seed {seed}: {results[-1]['accuracy']:.2f}%")
+            options.json.write_text(json.dumps(about | {"results": results}, indent=1))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
