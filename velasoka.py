@@ -189,19 +189,24 @@ def _require_device(device):
     return found
 
 
+def _require_loader(data_loader):
+    """Raise TypeError unless `data_loader` is an iterable."""
+    _require(hasattr(data_loader, "__iter__"), "data_loader", data_loader, "an iterable of batches", TypeError)
+
+
 def _require_labels(name, labels, number, classes):
     """`labels` as an int64 tensor on the CPU; raises unless they are `number` of them, each an index of `classes`."""
     _require(not isinstance(classes, str) and len(classes) > 0, "classes", classes, "a list of names")
     try:
-        labels = torch.as_tensor(labels).cpu()
+        found = torch.as_tensor(labels).cpu()
     except (TypeError, ValueError, RuntimeError):
-        _require(False, name, labels, "whole numbers, one for each image", TypeError)
-    whole = labels.ndim == 1 and not labels.is_floating_point() and labels.dtype is not torch.bool
-    _require(whole or not len(labels), name, labels, "a list of whole numbers, one for each image")
-    _require(len(labels) == number, f"number of {name}", len(labels), f"one for each of the {number}")
-    for label in labels[(labels < 0) | (labels >= len(classes))][:1].tolist():
+        _require(False, name, labels, "a list of whole numbers", TypeError)
+    whole = found.ndim == 1 and (not len(found) or (not found.is_floating_point() and found.dtype is not torch.bool))
+    _require(whole, name, labels, "a list of whole numbers")
+    _require(len(found) == number, f"number of {name}", len(found), f"one for each of the {number}")
+    for label in found[(found < 0) | (found >= len(classes))][:1].tolist():
         _require(False, f"one of {name}", label, f"an index from 0 to {len(classes) - 1}")
-    return labels.long()
+    return found.long()
 
 
 def _first_line(error):
@@ -986,7 +991,6 @@ class _Batches:
     """
 
     def __init__(self, data_loader, model, device):
-        _require(hasattr(data_loader, "__iter__"), "data_loader", data_loader, "an iterable of batches", TypeError)
         self.data_loader, self.device, self.layout = data_loader, device, _memory_format(model)
         self.number, self.size, self.highest = 0, 0, 0  # of batches; of images in the last one; label seen so far
 
@@ -1006,7 +1010,7 @@ class _Batches:
             ):  # to read a GPU's, the host would wait
                 values = labels.numpy(force=True)
                 self.highest = max(self.highest, values.max())
-                _require(values.min() >= 0, "a label in data_loader", values.min(), "an index from 0 up")
+                _require(values.min() >= 0, "a label in data_loader", int(values.min()), "an index from 0 up")
             self.number, self.size = self.number + 1, len(images)
             yield images.to(self.device, memory_format=self.layout), labels.to(self.device)
         if not self.number:
@@ -1118,10 +1122,7 @@ def train_cnn(model, data_loader, loss_fn, optimizer, device, *, scheduler=None,
     where memory is exhausted, TypeError or ValueError for batches or logits of another kind.
     """
     device = _place(model, device)
-    _require(callable(loss_fn), "loss_fn", loss_fn, "a function of logits and labels", TypeError)
-    _require_kind("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
-    own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    _require(own.intersection(model.parameters()), "optimizer", optimizer, "one made for this model, whose parameters")
+    _check_training(model, data_loader, loss_fn, optimizer)
     model.train()
     scaler = scaler or _Scaler(device)
     refused = scaler.refused()
@@ -1142,6 +1143,15 @@ def train_cnn(model, data_loader, loss_fn, optimizer, device, *, scheduler=None,
             if batches.add(loss, logits, labels):
                 refused = scaler.refused()
     return batches.result()
+
+
+def _check_training(model, data_loader, loss_fn, optimizer):
+    """Raise unless these are what `train_cnn` takes; `model` has been checked."""
+    _require_loader(data_loader)
+    _require(callable(loss_fn), "loss_fn", loss_fn, "a function of logits and labels", TypeError)
+    _require_kind("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
+    moved = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    _require(moved.intersection(model.parameters()), "optimizer", optimizer, "one made for this model")
 
 
 class _Scaler(torch.amp.GradScaler):
@@ -1173,6 +1183,7 @@ def test_cnn(model, data_loader, device, *, tta=False, progress=True):
     where the loss is not finite.
     """
     device = _place(model, device)
+    _require_loader(data_loader)
     with _evaluation(model), _Pass("Test", model, data_loader, device, progress) as batches:
         for images, labels in batches:
             logits = _logits(model, images, tta)
@@ -1187,6 +1198,7 @@ test_cnn.__test__ = False  # not one of pytest's, also where a test file imports
 def predict(model, data_loader, device, *, tta=False):
     """The logits (float N×10) and labels (int64 N) of all batches of `data_loader`, in its order, on the CPU."""
     device, results = _place(model, device), []
+    _require_loader(data_loader)
     with _evaluation(model), _Batches(data_loader, model, device) as batches:
         for images, labels in batches:
             results.append((_logits(model, images, tta), labels))
@@ -1258,6 +1270,8 @@ def start_cnn(
         _require_path("checkpoint_path", checkpoint_path)
     _require(not resume or checkpoint_path, "resume", resume, "a checkpoint_path to go on from")
     device, (train_loader, test_loader) = _place(model, device), _pair("data_loader", data_loader)
+    _check_training(model, train_loader, loss_fn, optimizer)
+    _require_loader(test_loader)
     _try_out(model, test_loader, device)
     batches = _length(train_loader) or sum(1 for _ in train_loader)
     made_with = {
@@ -1305,7 +1319,6 @@ def start_cnn(
 
 def _try_out(model, test_loader, device):
     """Raise at once what the test after the first epoch would: it takes the first batch, unless that would be lost."""
-    _require(hasattr(test_loader, "__iter__"), "data_loader", test_loader, "a pair of iterables of batches", TypeError)
     if not isinstance(test_loader, Iterator):
         with _evaluation(model), _Batches(islice(test_loader, 1), model, device) as batches:
             for images, _ in batches:
@@ -1545,7 +1558,7 @@ def plot_history(history):
 
 def plot_confusion_matrix(labels, predictions, classes):
     """A `Figure` of how many images of each class (row) were taken for each class (column)."""
-    counts = _confusion(labels, predictions, len(classes))
+    counts = _confusion(labels, predictions, classes)
     figure, axis = plt.subplots(figsize=(7, 6.5), layout="constrained")
     axis.imshow(counts, cmap="Blues")
     for (row, column), count in np.ndenumerate(counts):
@@ -1560,15 +1573,15 @@ def plot_confusion_matrix(labels, predictions, classes):
 
 def per_class_accuracy(labels, predictions, classes):
     """The accuracy in percent on each class, a dict by class name; NaN for a class without images."""
-    counts = _confusion(labels, predictions, len(classes))
+    counts = _confusion(labels, predictions, classes)
     totals = counts.sum(1)
     return {name: float(100 * counts[i, i] / totals[i]) if totals[i] else math.nan for i, name in enumerate(classes)}
 
 
-def _confusion(labels, predictions, number):
-    """How many images of class i were taken for class j, an int array `number`×`number`."""
-    labels = _require_labels("labels", labels, len(labels), range(number))
-    predictions = _require_labels("predictions", predictions, len(labels), range(number))
+def _confusion(labels, predictions, classes):
+    """How many images of class i were taken for class j, an int array classes×classes."""
+    labels = _require_labels("labels", labels, len(labels), classes)
+    predictions, number = _require_labels("predictions", predictions, len(labels), classes), len(classes)
     return torch.bincount(labels * number + predictions, minlength=number**2).reshape(number, number).numpy()
 
 

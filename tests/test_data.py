@@ -1,10 +1,6 @@
-import http.server
 import pickle
 import random
 import shutil
-import tarfile
-import threading
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -94,127 +90,6 @@ def test_a_wrong_batch_is_named_and_its_code_never_runs(batches_folder, content)
 def test_nothing_there_and_no_download_says_what_was_looked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match="cifar-10-batches-py"):
         velasoka.get_cifar10_dataset(root=tmp_path / "empty", download=False)
-
-
-# --- Getting ---
-
-
-@pytest.fixture
-def archive(batches_folder, tmp_path, monkeypatch):
-    """The tiny data set as an archive that passes for the published one, and no folder."""
-    folder, path = batches_folder / "cifar-10-batches-py", tmp_path / "served" / "cifar-10-python.tar.gz"
-    path.parent.mkdir()
-    with tarfile.open(path, "w:gz") as tar:
-        tar.add(folder, arcname=folder.name)
-        tar.add(folder / "test_batch", arcname=f"{folder.name}/../../outside")
-    digest = velasoka.datasets.utils.calculate_md5
-    monkeypatch.setattr(velasoka, "_ARCHIVE_MD5", digest(path))
-    for word, names in (("train_list", [f"data_batch_{i}" for i in range(1, 6)]), ("test_list", ["test_batch"])):
-        monkeypatch.setattr(velasoka.datasets.CIFAR10, word, [[name, digest(folder / name)] for name in names])
-    shutil.rmtree(folder)
-    return path
-
-
-@pytest.fixture
-def mirror(archive):
-    """A server on loopback that serves the archive: /whole, /half of it and then closed, /wrong; all answer ranges."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            content = archive.read_bytes()
-            if self.path not in ("/whole", "/half", "/wrong"):
-                self.send_error(404)
-                return
-            start = int((self.headers["Range"] or "bytes=0-")[6:-1])
-            asked.append((self.path, start))
-            if start >= len(content):
-                self.send_error(416)
-                return
-            self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(content) - start))
-            self.end_headers()
-            body = content[start : len(content) // 2] if self.path == "/half" else content[start:]
-            self.wfile.write(body if self.path != "/wrong" else bytes(len(body)))
-
-        def log_message(self, *_):
-            pass
-
-    asked = []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.address = asked, f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def test_takes_the_first_mirror_that_delivers_and_goes_on_from_what_is_there(mirror, archive, tmp_path):
-    urls = [mirror.address + path for path in ("/missing", "/wrong", "/half", "/whole")]
-    folder = velasoka.download_cifar10(tmp_path / "new", mirrors=urls)
-    assert len(list(folder.iterdir())) == 6
-    assert not list(tmp_path.glob("**/outside"))
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["cifar-10-batches-py", "cifar-10-python.tar.gz"]
-    assert mirror.asked == [("/wrong", 0), ("/half", 0), ("/whole", archive.stat().st_size // 2)]
-    assert velasoka.download_cifar10(tmp_path / "new", mirrors=[]) == folder  # verified, not fetched again
-
-
-def test_the_next_call_goes_on_too(mirror, archive, tmp_path):
-    with pytest.raises(ConnectionError, match="broke off"):
-        velasoka.download_cifar10(tmp_path, mirrors=[mirror.address + "/half"])
-    velasoka.download_cifar10(tmp_path, mirrors=[mirror.address + "/whole"])
-    assert mirror.asked[-1] == ("/whole", archive.stat().st_size // 2)
-
-
-@pytest.mark.parametrize("content", [b"?" * 100, b"?" * 10**6, None])
-def test_a_part_that_is_wrong_or_whole_does_not_stand_in_the_way(content, mirror, archive, tmp_path):
-    part = tmp_path / "cifar-10-python.tar.gz.part"
-    part.write_bytes(archive.read_bytes() if content is None else content)
-    assert velasoka.download_cifar10(tmp_path, mirrors=[mirror.address + "/whole"]).is_dir()
-    assert [start for _, start in mirror.asked] == ([] if content is None else [len(content), 0])
-    assert not part.exists()
-
-
-def test_a_server_that_stalls_is_given_ten_seconds(monkeypatch, tmp_path):
-    limits = []
-
-    def stall(request, timeout):
-        limits.append(timeout)
-        raise TimeoutError("timed out")
-
-    monkeypatch.setattr(urllib.request, "urlopen", stall)
-    with pytest.raises(ConnectionError, match="timed out"):
-        velasoka.download_cifar10(tmp_path)
-    assert limits == [10] * len(velasoka.CIFAR10_MIRRORS)
-
-
-def test_without_download_a_damaged_archive_is_named_and_nothing_is_fetched(monkeypatch, tmp_path):
-    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"damaged")
-    monkeypatch.delattr(urllib.request, "urlopen")
-    with pytest.raises(ConnectionError, match=r"cifar-10-python\.tar\.gz is missing or damaged"):
-        velasoka.get_cifar10_dataset(root=tmp_path, download=False)
-
-
-def test_the_error_names_each_source_with_its_reason_and_the_way_out(mirror, tmp_path):
-    urls = [mirror.address + "/missing", mirror.address + "/wrong", "http://127.0.0.1:1/refused"]
-    with pytest.raises(ConnectionError) as error:
-        velasoka.download_cifar10(tmp_path, mirrors=urls)
-    reasons = str(error.value).splitlines()
-    assert "404" in reasons[1]
-    assert "md5" in reasons[2]
-    assert "refused" in reasons[3].partition("/refused")[2]
-    assert str(tmp_path) in reasons[-1]
-    assert not any(path.suffix == ".gz" for path in tmp_path.iterdir())
-
-
-def test_an_archive_in_the_folder_is_used_without_a_network(archive, tmp_path):
-    root = tmp_path / "served"
-    train, _ = velasoka.get_cifar10_dataset(root=root, download=False)
-    assert len(train) == 20
-
-
-def test_a_damaged_folder_is_not_taken_for_the_published_one(batches_folder):
-    with pytest.raises(ValueError, match="data_batch_1"):
-        velasoka.download_cifar10(batches_folder, mirrors=[])
 
 
 # --- Drawing ---

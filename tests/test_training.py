@@ -287,7 +287,10 @@ def test_precision_is_what_the_hardware_computes_natively(kind, native, dtype, m
 
 
 def test_the_models_of_this_module_compute_in_channels_last_and_others_need_not(loaders, device):
-    for net, expected in ((velasoka.SimpleModel(fm_size=4), True), (nn.Sequential(nn.Conv2d(3, 10, 32), nn.Flatten()), False)):
+    for net, expected in (
+        (velasoka.SimpleModel(fm_size=4), True),
+        (nn.Sequential(nn.Conv2d(3, 10, 32), nn.Flatten()), False),
+    ):
         seen = []
         first = next(layer for layer in net.modules() if isinstance(layer, nn.Conv2d))
         hook = lambda _, inputs, seen=seen: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))  # noqa: E731
@@ -344,10 +347,13 @@ def test_reads_the_device_a_few_times_a_second_at_most(own_loader, float16, pict
     reads = []
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
         read = getattr(torch.Tensor, name)
-        on_device = lambda *args, read=read, **options: (  # noqa: E731
-            reads.append(read) if device.type == "cpu" or args[0].device.type != "cpu" else None
-        ) or read(*args, **options)
-        monkeypatch.setattr(torch.Tensor, name, on_device)
+
+        def counting(tensor, *args, read=read, **options):
+            if tensor.device.type == device.type:
+                reads.append(read)
+            return read(tensor, *args, **options)
+
+        monkeypatch.setattr(torch.Tensor, name, counting)
     result = velasoka.train_cnn(model, loader, nn.CrossEntropyLoss(), velasoka.get_muon_optimizer(model), device)
     assert len(reads) <= 3 * (2 + 2 * result.seconds)  # sums and scale, at the start, at the end, twice a second
 
