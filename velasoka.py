@@ -1277,7 +1277,7 @@ def start_cnn(
     made_with = {
         "model": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "loss": repr(loss_fn) if isinstance(loss_fn, nn.Module) else type(loss_fn).__name__,
+        "loss": type(loss_fn).__name__,
         "optimizer": type(optimizer).__name__,
         "learning rates": [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups],
         "epochs": epochs,
@@ -1311,7 +1311,8 @@ def start_cnn(
         history.status, why = "interrupted", ""
         if isinstance(error, FloatingPointError):
             history.status, why, best = "diverged", f": {error}; try a lower learning rate", best or initial
-        warnings.warn(f"{history.status} in epoch {len(history.test) + 1} of {epochs}{why}", stacklevel=2)
+        epoch = min(len(history.test) + 1, epochs)
+        warnings.warn(f"{history.status} in epoch {epoch} of {epochs}{why}", stacklevel=2)
         if best:
             model.load_state_dict(best)
     return history

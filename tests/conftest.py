@@ -1,5 +1,7 @@
 """What several test files need: the device, small data sets, small models."""
 
+import itertools
+import math
 import pickle
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import torch
 from PIL import Image
 
 import velasoka
+
+QUIET = {"progress": False}
 
 
 @pytest.fixture(scope="session")
@@ -74,3 +78,31 @@ def batches_folder(tmp_path):
         batch = {"data": images.transpose(0, 3, 1, 2).reshape(-1, 3072), "labels": labels}
         (folder / name).write_bytes(pickle.dumps(batch))
     return tmp_path
+
+
+@pytest.fixture
+def float16(monkeypatch):
+    monkeypatch.setattr(velasoka, "_precision", lambda device: torch.float16)
+
+
+def overflowing(loss_fn, at):
+    """`loss_fn`, infinite at the calls whose numbers, counted from 0, are in `at`."""
+    calls = itertools.count()
+    return lambda logits, labels: loss_fn(logits, labels) * (math.inf if next(calls) in at else 1)
+
+
+def train(model, loaders, device, epochs=2, **options):
+    optimizer = velasoka.get_muon_optimizer(model)
+    return velasoka.start_cnn(model, optimizer, velasoka.get_ce_loss(), loaders, device, epochs, **QUIET | options)
+
+
+def weights_of(model):
+    return torch.cat([tensor.flatten().double().cpu() for tensor in model.state_dict().values()])
+
+
+def random_batches(sizes=(4, 4, 2), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(size, 3, 32, 32, generator=generator), torch.randint(10, (size,), generator=generator))
+        for size in sizes
+    ]

@@ -128,8 +128,8 @@ def test_plot_history_draws_accuracy_and_loss_of_one_run_or_several():
 
 def test_confusion_matrix_and_accuracy_by_class():
     labels, predictions = [0, 0, 0, 1], torch.tensor([0, 0, 1, 1])
-    assert velasoka.per_class_accuracy(labels, predictions, "ab") == {"a": pytest.approx(200 / 3), "b": 100.0}
-    assert math.isnan(velasoka.per_class_accuracy(labels, predictions, "abc")["c"])
+    assert velasoka.per_class_accuracy(labels, predictions, ["a", "b"]) == {"a": pytest.approx(200 / 3), "b": 100.0}
+    assert math.isnan(velasoka.per_class_accuracy(labels, predictions, ["a", "b", "c"])["c"])
     axis = velasoka.plot_confusion_matrix(labels, predictions, ["cat", "dog"]).axes[0]
     assert [text.get_text() for text in axis.texts] == ["2", "1", "0", "1"]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["cat", "dog"]

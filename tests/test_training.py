@@ -1,42 +1,22 @@
 import copy
 import dataclasses
 import itertools
-import math
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import QUIET, overflowing, random_batches, train, weights_of
 from torch import nn
 from torch.utils.data import DataLoader
 
 import velasoka
 from velasoka import *  # noqa: F403  # what notebooks do; pytest must not take test_cnn for a test
 
-QUIET = {"progress": False}
-
 
 def linear_model():
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-
-
-def train(model, loaders, device, epochs=2, **options):
-    optimizer = velasoka.get_muon_optimizer(model)
-    return velasoka.start_cnn(model, optimizer, velasoka.get_ce_loss(), loaders, device, epochs, **QUIET | options)
-
-
-def weights_of(model):
-    return torch.cat([tensor.flatten().double().cpu() for tensor in model.state_dict().values()])
-
-
-def random_batches(sizes=(4, 4, 2), seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(size, 3, 32, 32, generator=generator), torch.randint(10, (size,), generator=generator))
-        for size in sizes
-    ]
 
 
 # --- Learning ---
@@ -299,11 +279,6 @@ def test_the_models_of_this_module_compute_in_channels_last_and_others_need_not(
         assert seen == [expected] * len(loaders[1])
 
 
-@pytest.fixture
-def float16(monkeypatch):
-    monkeypatch.setattr(velasoka, "_precision", lambda device: torch.float16)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_trains_in_every_precision(dtype, pictures, device, monkeypatch):
     monkeypatch.setattr(velasoka, "_precision", lambda device: dtype)
@@ -314,12 +289,6 @@ def test_trains_in_every_precision(dtype, pictures, device, monkeypatch):
     assert set(seen) == {dtype}
     assert history.train[-1].loss < history.train[0].loss
     assert all(parameter.dtype is torch.float32 for parameter in model.parameters())
-
-
-def overflowing(loss_fn, at):
-    """`loss_fn`, infinite at the calls whose numbers, counted from 0, are in `at`."""
-    calls = itertools.count()
-    return lambda logits, labels: loss_fn(logits, labels) * (math.inf if next(calls) in at else 1)
 
 
 @pytest.mark.parametrize("get_optimizer", [velasoka.get_muon_optimizer, velasoka.get_sgd_optimizer])
@@ -454,137 +423,6 @@ def test_optimisers_go_on_from_their_state_dict(get_optimizer, model, device):
     step(model, one, 2)
     step(twin, two, 2)
     assert torch.equal(weights_of(model), weights_of(twin))
-
-
-# --- Breaks ---
-
-
-class Breaking:
-    """Batches of a loader that raise `error` before batch `at`, both counted from 0 over all epochs."""
-
-    def __init__(self, loader, error, at):
-        self.loader, self.error, self.at, self.count = loader, error, at, 0
-        self.generator = getattr(loader, "generator", None)
-
-    def __len__(self):
-        return len(self.loader)
-
-    def __iter__(self):
-        for batch in self.loader:
-            if self.count == self.at:
-                raise self.error
-            self.count += 1
-            yield batch
-
-
-def test_an_interrupt_gives_back_the_history_and_the_best_weights(model, loaders, device):
-    breaking = Breaking(loaders[0], KeyboardInterrupt(), at=len(loaders[0]) + 2)
-    with pytest.warns(UserWarning, match="interrupted in epoch 2 of 3"):
-        history = train(model, (breaking, loaders[1]), device, 3)
-    assert history.status == "interrupted"
-    assert len(history.train) == len(history.test) == 1
-    assert velasoka.test_cnn(model, loaders[1], device, **QUIET).correct == history.test[0].correct
-
-
-@pytest.mark.parametrize("progress", [True, False])
-def test_a_loss_that_is_not_finite_stops_training_and_is_named(progress, model, loaders, device):
-    loss_fn = overflowing(velasoka.get_ce_loss(), at=[len(loaders[0]) + 2])
-    optimizer = velasoka.get_muon_optimizer(model)
-    with pytest.warns(UserWarning, match=r"epoch 2 of 3: .* since batch 3, lr=0\.\d+"):
-        history = velasoka.start_cnn(model, optimizer, loss_fn, loaders, device, 3, progress=progress)
-    assert history.status == "diverged"
-    assert len(history.test) == 1
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
-
-
-def test_a_single_overflow_in_float16_is_no_divergence(float16, model, loaders, device):
-    loss_fn = overflowing(velasoka.get_ce_loss(), at=[3])
-    history = velasoka.start_cnn(model, velasoka.get_muon_optimizer(model), loss_fn, loaders, device, 1, **QUIET)
-    assert history.status == "completed"
-    assert math.isfinite(history.train[0].loss)
-
-
-@pytest.mark.parametrize("own_loader", [True, False])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(own_loader, pictures, device):
-    class Noisy(velasoka.DilatedDepthwiseModel):
-        """Draws from every global random generator in training."""
-
-        def forward(self, images):
-            noise = (random.random() + np.random.rand()) * torch.rand(1).item() * self.training
-            return super().forward(images * (1 + noise))
-
-    def run(error_at=None, **options):
-        velasoka.seed_everything(1)
-        model = Noisy(fm_size=4)
-        if own_loader:
-            loader, test_loader = velasoka.get_cifar10_data_loader(pictures, 32, device=device)
-        else:
-            loader, test_loader = DataLoader(pictures[0], 32, shuffle=True), DataLoader(pictures[1], 32)
-        loader = Breaking(loader, KeyboardInterrupt(), error_at) if error_at else loader
-        history = train(model, (loader, test_loader), device, 3, **options)
-        return history, weights_of(model)
-
-    whole, weights = run()
-    with pytest.warns(UserWarning, match="interrupted in epoch 3"):
-        run(error_at=16, checkpoint_path="run.pt")
-    resumed, weights_again = run(checkpoint_path="run.pt", resume=True)
-    assert torch.equal(weights, weights_again) or device.type != "cpu"
-    assert [result.correct for result in resumed.train + resumed.test] == [r.correct for r in whole.train + whole.test]
-    assert (resumed.best_epoch, resumed.status) == (whole.best_epoch, "completed")
-    finished, weights_again = run(checkpoint_path="run.pt", resume=True)
-    assert torch.equal(weights, weights_again) or device.type != "cpu"
-    assert finished == resumed
-
-
-def test_resuming_another_run_is_refused_and_a_first_run_starts(model, loaders, device):
-    train(model, loaders, device, 1, checkpoint_path="run.pt", resume=True)
-    with pytest.raises(ValueError, match=r"run\.pt: was made with epochs=1, this run has epochs=2"):
-        train(model, loaders, device, 2, checkpoint_path="run.pt", resume=True)
-    velasoka.save_model(model, "weights.pt")
-    with pytest.raises(ValueError, match=r"weights\.pt: not a checkpoint"):
-        train(model, loaders, device, 1, checkpoint_path="weights.pt", resume=True)
-    with pytest.raises(ValueError, match="checkpoint_path"):
-        train(model, loaders, device, 1, resume=True)
-    with pytest.raises(ValueError, match=r"run\.pt: was made with batches="):
-        train(model, (random_batches(), loaders[1]), device, 1, checkpoint_path="run.pt", resume=True)
-    with pytest.raises(ValueError, match=r"run\.pt: was made with parameters="):
-        train(velasoka.DilatedDepthwiseModel(fm_size=2), loaders, device, 1, checkpoint_path="run.pt", resume=True)
-    other = velasoka.get_sgd_optimizer(model)
-    with pytest.raises(ValueError, match=r"run\.pt: was made with learning rates="):
-        options = {"checkpoint_path": "run.pt", "resume": True}
-        velasoka.start_cnn(model, other, velasoka.get_ce_loss(), loaders, device, 1, **QUIET | options)
-
-
-def test_a_target_is_judged_by_what_was_reached_not_by_an_earlier_target(model, loaders, device):
-    options = {"checkpoint_path": "run.pt", "resume": True}
-    assert train(model, loaders, device, 2, target_accuracy=1, **options).status == "target reached"
-    assert train(model, loaders, device, 2, target_accuracy=100, **options).status == "completed"
-    finished = train(model, loaders, device, 2, target_accuracy=1, **options)
-    assert (finished.status, len(finished.test)) == ("target reached", 2)
-
-
-def test_an_interrupt_or_a_full_disk_while_the_checkpoint_is_written_loses_nothing(model, loaders, device, monkeypatch):
-    errors = iter([OSError(28, "No space left on device"), KeyboardInterrupt()])
-
-    def fail(descriptor):
-        raise next(errors)
-
-    train(model, loaders, device, 1, checkpoint_path="run.pt")
-    before = Path("run.pt").read_bytes()
-    monkeypatch.setattr(velasoka.os, "fsync", fail)
-    with pytest.warns(UserWarning, match="not written.*No space") as warned:
-        history = train(model, loaders, device, 3, checkpoint_path="run.pt")
-    assert "interrupted" in str(warned[-1].message)
-    assert (history.status, len(history.test)) == ("interrupted", 2)
-    assert Path("run.pt").read_bytes() == before
-    assert [path.name for path in Path().iterdir()] == ["run.pt"]
-
-
-def test_a_checkpoint_that_cannot_be_written_warns_and_training_goes_on(model, loaders, device, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.warns(UserWarning, match="not written"):
-        history = train(model, loaders, device, 1, checkpoint_path=tmp_path / "file" / "run.pt")
-    assert history.status == "completed"
 
 
 # --- Seeds ---
