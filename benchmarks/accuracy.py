@@ -11,7 +11,9 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -53,6 +55,13 @@ def held_out(dataset, size=5000):
     return Subset(dataset[0], order[size:]), Subset(dataset[0], order[:size])
 
 
+def peak_memory():
+    """The most memory in MB that this process has used so far, of the GPU's where it computes there."""
+    if velasoka.get_available_device().type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
 def run(dataset, name, epochs, seed, tta):
     """Train one model from one seed; its final accuracies in percent, and the seconds of its training."""
     velasoka.seed_everything(seed)
@@ -65,17 +74,26 @@ def run(dataset, name, epochs, seed, tta):
     result = {"model": name, "epochs": epochs, "seed": seed, "accuracy": history.test[-1].accuracy}
     if tta:
         result["tta"] = velasoka.test_cnn(model, loaders[1], device, tta=True, progress=False).accuracy
-    return result | {"seconds": sum(epoch.seconds for epoch in history.train)}
+    return result | {"seconds": sum(epoch.seconds for epoch in history.train), "peak_memory_mb": peak_memory()}
 
 
 def table(results):
     """The results by epochs and model, as Markdown."""
-    lines = ["| epochs | model | seeds | accuracy (%) | lowest | with TTA | training, s |", "|---" * 7 + "|"]
+    lines = ["| epochs | model | seeds | accuracy (%) | lowest | with TTA | training, s | MB |", "|---" * 8 + "|"]
     for epochs, name in dict.fromkeys((result["epochs"], result["model"]) for result in results):
         rows = [result for result in results if (result["epochs"], result["model"]) == (epochs, name)]
         plain, tta, seconds = ([row[key] for row in rows if key in row] for key in ("accuracy", "tta", "seconds"))
         time = f"{statistics.mean(seconds):.0f}"
-        cells = [epochs, name, len(rows), spread(plain), f"{min(plain):.2f}", spread(tta), time]
+        cells = [
+            epochs,
+            name,
+            len(rows),
+            spread(plain),
+            f"{min(plain):.2f}",
+            spread(tta),
+            time,
+            f"{rows[-1]['peak_memory_mb']:.0f}",
+        ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
