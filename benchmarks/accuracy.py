@@ -1,6 +1,6 @@
 """Test accuracy by model and number of epochs: mean and deviation over seeds, as a table and as JSON.
 
-    python benchmarks/accuracy.py --data DIR --epochs 1 10 --seeds 5
+    python -m benchmarks.accuracy --data DIR --epochs 1 10 --seeds 5
 
 Everything is the default of `velasoka.py`, plain accuracy on the whole test set. `--held-out` is for choosing
 hyperparameters: it trains on 45,000 of the training images and reports on the other 5,000. `--without` leaves one
@@ -14,6 +14,7 @@ import platform
 import resource
 import statistics
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -83,17 +84,8 @@ def table(results):
     for epochs, name in dict.fromkeys((result["epochs"], result["model"]) for result in results):
         rows = [result for result in results if (result["epochs"], result["model"]) == (epochs, name)]
         plain, tta, seconds = ([row[key] for row in rows if key in row] for key in ("accuracy", "tta", "seconds"))
-        time = f"{statistics.mean(seconds):.0f}"
-        cells = [
-            epochs,
-            name,
-            len(rows),
-            spread(plain),
-            f"{min(plain):.2f}",
-            spread(tta),
-            time,
-            f"{rows[-1]['peak_memory_mb']:.0f}",
-        ]
+        cost = f"{statistics.mean(seconds):.0f}", f"{rows[-1]['peak_memory_mb']:.0f}"
+        cells = [epochs, name, len(rows), spread(plain), f"{min(plain):.2f}", spread(tta), *cost]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -122,7 +114,8 @@ def main():
     about = machine() | {"data": options.data, "held_out": options.held_out, "without": options.without}
     runs = [(name, n, seed) for n in options.epochs for name in options.models for seed in range(options.seeds)]
     results = []
-    with mock.patch.multiple(velasoka, **WITHOUT.get(options.without, {})), tqdm(runs, unit=" runs") as bar:
+    left_out = mock.patch.multiple(velasoka, **WITHOUT[options.without]) if options.without else nullcontext()
+    with left_out, tqdm(runs, unit=" runs") as bar:
         for name, epochs, seed in bar:
             results.append(run(dataset, name, epochs, seed, options.tta))
             bar.set_postfix_str(f"{name}, {epochs} epochs, seed {seed}: {results[-1]['accuracy']:.2f}%")

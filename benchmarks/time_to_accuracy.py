@@ -1,6 +1,6 @@
 """Training time until a test accuracy is passed: this recipe against the first version's, in one run.
 
-    python benchmarks/time_to_accuracy.py --data DIR
+    python -m benchmarks.time_to_accuracy --data DIR
 
 The first version trained the same layers, the norm before the pool, with a `DataLoader` of two workers, batches of 4,
 images normalised with 0.5, no augmentation, float32, and SGD of learning rate 0.001, momentum 0.9 and no schedule.
@@ -15,12 +15,12 @@ from time import perf_counter
 from unittest import mock
 
 import torch
-from accuracy import WITHOUT, machine, run
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import velasoka
+from benchmarks.accuracy import WITHOUT, machine, run
 
 
 def first_version(dataset, name, epochs, target):

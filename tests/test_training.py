@@ -375,6 +375,17 @@ def test_muon_turns_filters_and_keeps_their_norm(device):
     assert layer.weight.norm().item() == pytest.approx(4, rel=0.02)
 
 
+def test_muon_moves_each_kind_of_parameter_at_its_own_pace(model):
+    optimizer, pace = velasoka.get_muon_optimizer(model, lr=0.1), {}
+    for group in optimizer.param_groups:
+        pace |= dict.fromkeys(group["params"], ("muon" if group["muon"] else "sgd", round(group["lr"], 9)))
+    assert set(pace) == set(model.parameters())
+    norm, depthwise = model.c1[1], model.c2[3]
+    assert pace[model.c1[0].weight] == pace[model.c3[3].weight] == ("muon", 0.1)
+    assert pace[norm.bias] == pace[depthwise.weight] == ("sgd", 1.0)
+    assert pace[norm.weight] == pace[model.c1[0].bias] == pace[model.c4[1].weight] == ("sgd", 0.2)
+
+
 @pytest.mark.parametrize(
     "model",
     [
