@@ -72,23 +72,26 @@ def test_an_interrupt_gives_back_the_history_and_the_best_weights(model, loaders
     assert velasoka.test_cnn(model, loaders[1], device, **QUIET).correct == history.test[0].correct
 
 
-def interrupted_at(line, call):
-    """What `call` gives where it is interrupted before the `line`-th line of velasoka.py once training has begun."""
-    lines, training = itertools.count(), False
+def interrupted(call, moment=None):
+    """What `call` gives where it is interrupted before the `moment`-th line of velasoka.py once training has begun.
+
+    Also the name of the function that each of those lines is in.
+    """
+    lines = []
 
     def trace(frame, event, _):
-        nonlocal training
         if frame.f_code.co_filename != velasoka.__file__:
             return None
-        training = training or frame.f_code.co_name == "train_cnn"
-        if event == "line" and training and next(lines) == line:
-            raise KeyboardInterrupt
+        if event == "line" and (lines or frame.f_code.co_name == "train_cnn"):
+            lines.append(frame.f_code.co_name)
+            if len(lines) - 1 == moment:
+                raise KeyboardInterrupt
         return trace
 
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        return call(), next(lines)
+        return call(), lines
     finally:
         sys.settrace(before)
 
@@ -96,12 +99,12 @@ def interrupted_at(line, call):
 @pytest.mark.filterwarnings("ignore:interrupted")
 def test_interrupted_at_any_moment_nothing_is_lost_and_resume_ends_as_if_nothing_had_happened(device):
     whole, model, _ = small_run(device)
-    weights = weights_of(model)
-    _, lines = interrupted_at(-1, lambda: small_run(device, checkpoint_path="run.pt"))
-    moments = random.Random(0).sample(range(lines), 30)
-    for moment in moments:
+    weights, run = weights_of(model), lambda: small_run(device, checkpoint_path="run.pt")
+    _, lines = interrupted(run)
+    of_start_cnn = [moment for moment, name in enumerate(lines[:-1]) if name == "start_cnn"]
+    for moment in [*of_start_cnn[:-1], *random.Random(0).sample(range(len(lines)), 20)]:
         Path("run.pt").unlink(missing_ok=True)
-        (history, model, test), _ = interrupted_at(moment, lambda: small_run(device, checkpoint_path="run.pt"))
+        (history, model, test), _ = interrupted(run, moment)
         assert history.status == "interrupted", moment
         assert len(history.train) == len(history.test)
         assert history.test == [] or history.best_accuracy == max(result.accuracy for result in history.test)
