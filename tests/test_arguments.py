@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+from torch.utils.data import Subset
 
 import velasoka as v
 
@@ -30,6 +32,17 @@ def data(images=np.zeros((2, 32, 32, 3), np.uint8), labels=(0, 1), classes=TEN):
 
 def train(model=NET, loader=(batches(), batches()), loss_fn=CE, optimizer=SGD, device="cpu", epochs=1, **options):  # noqa: B008
     return v.start_cnn(model, optimizer, loss_fn, loader, device, epochs, progress=False, **options)
+
+
+class Tuple(nn.Linear):
+    """Gives a tuple."""
+
+    def __init__(self):
+        super().__init__(1, 1)
+        SGD.add_param_group({"params": list(self.parameters())})
+
+    def forward(self, images):
+        return images, images
 
 
 class Wrong(nn.Module):
@@ -77,7 +90,11 @@ BAD = [
     (lambda: v.get_cifar10_data_loader(data(labels=(0, 10))), ValueError, "one of dataset.targets=10"),
     (lambda: v.get_cifar10_data_loader(data(labels=(0, -1))), ValueError, "one of dataset.targets=-1"),
     (lambda: v.get_cifar10_data_loader(data(labels=(0.0, 1.0))), ValueError, r"dataset.targets=\(0\.0, 1\.0\)"),
-    (lambda: v.get_cifar10_data_loader(data(labels=("cat", "dog"))), TypeError, "dataset.targets="),
+    (lambda: v.get_cifar10_data_loader(data(labels=("cat", "dog"))), ValueError, "dataset.targets=.*whole"),
+    (lambda: v.get_cifar10_data_loader([Subset(data()[0], [])] * 2), ValueError, r"dataset=\[\]"),
+    (lambda: v.get_cifar10_data_loader(data(), seed=2**70), ValueError, "seed=1180591620717411303424"),
+    (lambda: v.get_synthetic_dataset(mean=(0.5,), std=(0.5,)), ValueError, r"mean=\(0\.5,\)"),
+    (lambda: v.download_cifar10("new", mirrors=[5]), TypeError, r"mirrors=\[5\]"),
     # models, summary, optimisers, loss
     (lambda: v.SimpleModel(0), ValueError, "fm_size=0"),
     (lambda: v.DilatedModel(1.5), ValueError, r"fm_size=1\.5"),
@@ -99,7 +116,19 @@ BAD = [
     (lambda: v.get_muon_optimizer(NET, lr=NAN), ValueError, "lr=nan"),
     (lambda: v.get_muon_optimizer(FROZEN), ValueError, "trainable parameters"),
     (lambda: v.get_ce_loss(1.5), ValueError, r"label_smoothing=1\.5"),
+    (lambda: v.get_sgd_optimizer(NET, lr=10**400), ValueError, "lr="),
     # loops
+    (lambda: train(loss_fn=nn.CrossEntropyLoss), TypeError, "loss_fn="),
+    (lambda: train(loss_fn=nn.CrossEntropyLoss(reduction="none")), ValueError, "loss=.*one number"),
+    (lambda: train(loss_fn=lambda logits, labels: 1.0), ValueError, r"loss=1\.0"),
+    (lambda: train(optimizer=torch.optim.LBFGS(NET.parameters())), ValueError, "optimizer=.*no closure"),
+    (lambda: train(scheduler=5), ValueError, "scheduler=5"),
+    (lambda: train(scheduler=StepLR(v.get_sgd_optimizer(NET), 1)), ValueError, "scheduler=.*of this optimizer"),
+    (lambda: train(scheduler=ReduceLROnPlateau(SGD)), ValueError, "scheduler="),
+    (lambda: train(model=Tuple()), ValueError, r"model: cannot take images of \(2, 3, 32, 32\)"),
+    (lambda: train(checkpoint_path="."), ValueError, r"checkpoint_path='\.'"),
+    (lambda: v.test_cnn(NET, batches() + batches(labels=LABELS + 10), "cpu"), ValueError, "at least 11 classes"),
+    (lambda: v.predict(NET, batches() + batches(labels=LABELS - 1), "cpu"), ValueError, "a label in data_loader=-1"),
     (lambda: train(model=v.SimpleModel), TypeError, "model="),
     (lambda: train(optimizer="sgd"), TypeError, "optimizer='sgd'"),
     (lambda: train(model=Wrong(2, 10)), ValueError, "optimizer=.*made for this model"),
@@ -150,6 +179,12 @@ BAD = [
     (lambda: v.show_images([], [], TEN), ValueError, "images="),
     (lambda: v.show_images(IMAGES, LABELS + 10, TEN), ValueError, "one of labels=10"),
     (lambda: v.show_images(IMAGES, LABELS, ""), ValueError, "classes=''"),
+    (lambda: v.show_images(None, LABELS, TEN), ValueError, "images=None"),
+    (lambda: v.show_images(["a", "b"], LABELS, TEN), ValueError, "images: uint8"),
+    (lambda: v.show_images(IMAGES, None, TEN), ValueError, "labels=None"),
+    (lambda: v.show_images(IMAGES, LABELS, 5), ValueError, "classes=5"),
+    (lambda: v.show_images(IMAGES, LABELS, TEN, mean=(0, 0), std=(1, 1)), ValueError, r"mean=\(0, 0\)"),
+    (lambda: v.show_misclassified(IMAGES, LABELS, None, TEN), ValueError, "logits="),
     (lambda: v.show_images(IMAGES, LABELS, TEN, columns=0), ValueError, "columns=0"),
     (lambda: v.show_misclassified(IMAGES, LABELS, torch.zeros(2, 9), TEN), ValueError, r"logits=\(2, 9\)"),
     (lambda: v.show_misclassified(IMAGES, LABELS, torch.zeros(2, 10), TEN, count=0), ValueError, "count=0"),

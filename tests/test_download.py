@@ -49,6 +49,7 @@ def archive(batches_folder, tmp_path, monkeypatch):
         tar.add(folder / "test_batch", arcname="/tmp/absolute_outside")  # noqa: S108
     digest = velasoka.datasets.utils.calculate_md5
     monkeypatch.setattr(velasoka, "_ARCHIVE_MD5", digest(path))
+    monkeypatch.setattr(velasoka, "_ARCHIVE_SIZE", path.stat().st_size)
     for word, names in (("train_list", [f"data_batch_{i}" for i in range(1, 6)]), ("test_list", ["test_batch"])):
         monkeypatch.setattr(velasoka.datasets.CIFAR10, word, [[name, digest(folder / name)] for name in names])
     shutil.rmtree(folder)
@@ -220,6 +221,22 @@ def test_wrong_bytes_do_not_spoil_what_was_there_before(mirror, archive, tmp_pat
     half = archive.stat().st_size - archive.stat().st_size // 2
     velasoka.download_cifar10(tmp_path, mirrors=mirror.urls("half", "wrong", "login", "whole"))
     assert mirror.asked == [("half", 0), ("wrong", half), ("login", half), ("page", half), ("whole", half)]
+
+
+def test_nothing_good_is_lost_where_all_that_is_left_sends_wrong_bytes(mirror, archive, tmp_path):
+    part, good = tmp_path / f"{ARCHIVE}.part", archive.read_bytes()[:-100]
+    part.write_bytes(good)
+    with pytest.raises(ConnectionError, match="md5"):
+        velasoka.download_cifar10(tmp_path, mirrors=mirror.urls("wrong", "missing", "wrong"))
+    assert part.read_bytes() == good
+    assert [start for _, start in mirror.asked] == [len(good)] * 3 + [0, 0]
+    assert names_in(tmp_path) == [".lock", f"{ARCHIVE}.part", "served"]
+
+
+def test_a_file_of_another_size_is_not_begun(mirror, archive, tmp_path, monkeypatch):
+    monkeypatch.setattr(velasoka, "_ARCHIVE_SIZE", archive.stat().st_size + 1)
+    with pytest.raises(ConnectionError, match=f"offers {archive.stat().st_size:,} bytes, the archive has "):
+        velasoka.download_cifar10(tmp_path, mirrors=mirror.urls("whole"))
 
 
 @pytest.mark.parametrize("content", [b"?" * 100, b"?" * 10**6, None])

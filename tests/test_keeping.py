@@ -3,6 +3,7 @@ import pickle
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import Bomb
@@ -114,6 +115,13 @@ def test_show_misclassified_shows_the_surest_mistakes_first(pictures):
         f"{names[5]}, taken for\n{names[1]}",
         f"{names[3]}, taken for\n{names[0]}",
     ]
+
+
+def test_show_misclassified_of_a_model_that_makes_no_mistake_is_an_empty_figure(pictures):
+    images, labels = pictures[1].data[:4], pictures[1].targets[:4]
+    logits = torch.eye(10)[labels]
+    figure = velasoka.show_misclassified(images, np.array(labels, dtype=np.uint16), logits, pictures[1].classes)
+    assert not any(axis.get_images() for axis in figure.axes)
 
 
 def test_plot_history_draws_accuracy_and_loss_of_one_run_or_several():

@@ -122,8 +122,8 @@ def die(*_):
 
 KILLED = {  # where a process dies without a word, in its second epoch
     "in a batch": "t.small_run(device, t.die, 3, checkpoint_path='run.pt')",
-    "writing the checkpoint": "t.fail_at(os, 'fsync', 1); t.small_run(device, checkpoint_path='run.pt')",
-    "renaming the checkpoint": "t.fail_at(t.Path, 'replace', 1); t.small_run(device, checkpoint_path='run.pt')",
+    "writing the checkpoint": "t.fail_at(os, 'fsync', 2); t.small_run(device, checkpoint_path='run.pt')",
+    "renaming the checkpoint": "t.fail_at(t.Path, 'replace', 2); t.small_run(device, checkpoint_path='run.pt')",
 }
 
 
@@ -145,6 +145,46 @@ def test_killed_at_any_moment_resume_ends_as_if_nothing_had_happened(where, devi
     _, whole, _ = small_run(device)
     assert (resumed.status, len(resumed.test)) == ("completed", 3)
     assert torch.equal(weights_of(model), weights_of(whole)) or device.type != "cpu"
+
+
+def test_an_interrupt_in_the_first_epoch_can_be_resumed_with_the_same_objects(device):
+    torch.manual_seed(0)
+    _, whole, _ = small_run(device)
+    velasoka.seed_everything(1)
+    model = velasoka.SimpleModel(fm_size=2)
+    loaders = velasoka.get_cifar10_data_loader(velasoka.get_synthetic_dataset(40, 20), 20, device=device)
+    breaking = Breaking(loaders[0], KeyboardInterrupt(), at=1)
+    with pytest.warns(UserWarning, match="interrupted in epoch 1"):
+        train(model, (breaking, loaders[1]), device, 3, checkpoint_path="run.pt")
+    train(model, loaders, device, 3, checkpoint_path="run.pt", resume=True)
+    assert torch.equal(weights_of(model), weights_of(whole)) or device.type != "cpu"
+
+
+def test_a_checkpoint_is_not_replaced_before_an_epoch_is_done(model, loaders, device):
+    train(model, loaders, device, 1, checkpoint_path="run.pt")
+    before = Path("run.pt").read_bytes()
+    with pytest.warns(UserWarning, match="interrupted in epoch 1"):
+        train(model, (Breaking(loaders[0], KeyboardInterrupt(), 1), loaders[1]), device, 3, checkpoint_path="run.pt")
+    assert Path("run.pt").read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore:interrupted")
+@pytest.mark.parametrize("mode", [lambda: torch.autocast("cpu", torch.bfloat16), torch.no_grad])
+def test_an_interrupt_while_torch_changes_its_modes_leaves_them_as_they_were(mode, model, loaders, device, monkeypatch):
+    def forward(images):
+        mode().__enter__()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "forward", forward)
+    assert train(model, loaders, torch.device("cpu"), 1).status == "interrupted"
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_loader_whose_worker_is_interrupted_first_is_an_interrupt(model, loaders, device):
+    breaking = Breaking(loaders[0], RuntimeError("DataLoader worker (pid 7) exited unexpectedly"), at=2)
+    with pytest.warns(UserWarning, match="interrupted in epoch 1 of 2: DataLoader worker"):
+        assert train(model, (breaking, loaders[1]), device).status == "interrupted"
 
 
 # --- Resuming ---
@@ -212,6 +252,16 @@ def test_resuming_another_run_is_refused_and_a_first_run_starts(model, loaders, 
             velasoka.start_cnn(model, optimizer, loss_fn, loaders, device, 1, **QUIET | resume)
 
 
+def test_numbers_of_numpy_can_be_resumed_from(model, loaders, device):
+    for resume in (False, True):
+        optimizer = velasoka.get_sgd_optimizer(model, lr=np.float64(0.05))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: np.cos(step / 100))
+        options = {"scheduler": scheduler, "checkpoint_path": "run.pt", "resume": resume}
+        loss_fn, epochs = velasoka.get_ce_loss(), np.int64(2)
+        history = velasoka.start_cnn(model, optimizer, loss_fn, loaders, device, epochs, **QUIET | options)
+        assert (history.status, len(history.test)) == ("completed", 2)
+
+
 def test_a_target_is_judged_by_what_was_reached_not_by_an_earlier_target(model, loaders, device):
     options = {"checkpoint_path": "run.pt", "resume": True}
     assert train(model, loaders, device, 2, target_accuracy=1, **options).status == "target reached"
@@ -238,7 +288,12 @@ def spoiled(change):
         (lambda path: velasoka.save_model(velasoka.SimpleModel(fm_size=4), path), "not a checkpoint"),
         (lambda path: spoiled(lambda content: content.pop("history")), "does not fit"),
         (lambda path: spoiled(lambda content: content["model"].popitem()), "does not fit"),
-        (lambda path: spoiled(lambda content: content["model"]["c4.1.bias"].fill_(math.nan)), r"c4\.1\.bias is not"),
+        (lambda path: spoiled(lambda content: content.update(model=[1])), "does not fit"),
+        (lambda path: spoiled(lambda content: content.update(optimizer=None)), "does not fit"),
+        (lambda path: spoiled(lambda content: content.update(best={"a": "b"})), "does not fit"),
+        (lambda path: spoiled(lambda content: content["random"]["loaders"].clear()), "does not fit"),
+        (lambda path: spoiled(lambda content: content["best"]["c4.1.bias"].fill_(math.nan)), r"c4\.1\.bias has NaN"),
+        (lambda path: spoiled(lambda content: content["model"]["c4.1.bias"].fill_(math.nan)), r"c4\.1\.bias has NaN"),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused_in_one_line_and_runs_nothing(harm, says, model, loaders, device):
@@ -283,7 +338,7 @@ def test_one_overflow_in_float16_is_no_divergence(float16, model, loaders, devic
 
 
 def test_a_checkpoint_that_cannot_be_written_warns_and_the_next_epoch_tries_again(model, loaders, device, monkeypatch):
-    fsync, errors = os.fsync, iter([None, OSError(28, "No space left on device"), None, KeyboardInterrupt()])
+    fsync, errors = os.fsync, iter([None, None, OSError(28, "No space left on device"), None, KeyboardInterrupt()])
 
     def fail(descriptor):
         if error := next(errors):
@@ -327,7 +382,7 @@ def test_weights_that_are_not_finite_are_refused(model, loaders, device):
     with torch.no_grad():
         model.c4[1].bias[3] = math.nan
     velasoka.save_model(model, "net.pt")
-    with pytest.raises(ValueError, match=r"net\.pt: holds damaged weights \(c4\.1\.bias is not finite\)"):
+    with pytest.raises(ValueError, match=r"net\.pt: holds damaged weights \(c4\.1\.bias has NaN\)"):
         velasoka.load_model(velasoka.DilatedDepthwiseModel(fm_size=4), "net.pt")
     with pytest.raises(ValueError, match="logits are not finite"):
         velasoka.predict(model, loaders[1], device)

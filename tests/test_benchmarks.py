@@ -1,0 +1,53 @@
+"""The benchmarks run, on a few images; what they measure is in benchmarks/README.md."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import velasoka
+from benchmarks import accuracy, time_to_accuracy
+
+
+def run(monkeypatch, benchmark, *arguments):
+    """The JSON that `benchmark` writes with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--data", ".", "--json", "result.json", *arguments])
+    benchmark.main()
+    return json.loads(Path("result.json").read_text())
+
+
+def test_accuracy_is_that_of_the_last_epoch_by_model_epochs_and_seed(image_folders, monkeypatch, capsys):
+    models = ["simple", "dilated-depthwise"]
+    found = run(monkeypatch, accuracy, "--models", *models, "--epochs", "1", "2", "--seeds", "2", "--tta")["results"]
+    assert [(one["epochs"], one["model"], one["seed"]) for one in found] == [
+        (epochs, model, seed) for epochs in (1, 2) for model in models for seed in (0, 1)
+    ]
+    assert all(0 <= one[key] <= 100 for one in found for key in ("accuracy", "tta"))
+    assert all(10 < one["peak_memory_mb"] < 1500 for one in found)
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 | simple | 2 |"))
+    assert f"{(found[4]['accuracy'] + found[5]['accuracy']) / 2:.2f} ± " in row
+
+
+@pytest.mark.parametrize("technique", accuracy.WITHOUT)
+def test_each_technique_can_be_left_out(technique, image_folders, monkeypatch):
+    parts = {name: getattr(velasoka, name) for name in accuracy.WITHOUT[technique]}
+    found = run(monkeypatch, accuracy, "--models", "dilated", "--seeds", "1", "--without", technique)
+    assert found["without"] == technique
+    assert len(found["results"]) == 1
+    assert all(getattr(velasoka, name) is part for name, part in parts.items())
+
+
+def test_held_out_images_are_not_trained_on(pictures):
+    kept, held_out = accuracy.held_out(pictures, 50)
+    assert sorted([*kept.indices, *held_out.indices]) == list(range(200))
+    assert len(held_out) == 50
+    assert kept.dataset is held_out.dataset is pictures[0]
+
+
+def test_time_to_accuracy_compares_with_the_first_version(image_folders, monkeypatch, capsys):
+    arguments = "--models", "dilated", "--target", "100", "--first-epochs", "2"
+    (found,) = run(monkeypatch, time_to_accuracy, *arguments)["results"]
+    assert [len(after) for after in found["first_version"]] == [2, 2]
+    assert found["first_version"][1][0] > found["first_version"][0][0] > 0
+    assert "| dilated | 100.00 | not reached | over " in capsys.readouterr().out
