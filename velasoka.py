@@ -1305,10 +1305,12 @@ def start_cnn(
 
     After every epoch all that the run needs is written to `checkpoint_path`; with `resume` the run goes on from there,
     and ends as it would have without the break. An interrupt (Ctrl-C, the notebook's stop button) or a loss that is not
-    finite ends training with a warning, the model holding its best weights so far.
+    finite ends training with a warning, the model holding its best weights so far: those of the best epoch; before the
+    first test those it has after an interrupt, those it began with where the loss was not finite.
 
-    Raises ValueError or TypeError, before anything is trained, for an argument that does not fit, a checkpoint that
-    cannot be read or one of another run; MemoryError naming the batch size where memory is exhausted.
+    Raises ValueError or TypeError for an argument or batch that does not fit, a checkpoint that cannot be read or one
+    of another run, before anything is trained where it can be seen by then; MemoryError naming the batch size where
+    memory is exhausted.
     """
     _require_whole("epochs", epochs, 1)
     if target_accuracy is not None:
@@ -1321,56 +1323,129 @@ def start_cnn(
     for loader in loaders:
         _check_training(model, loader, loss_fn, optimizer)
     if scheduler is not None:
-        fits = hasattr(scheduler, "step") and getattr(scheduler, "optimizer", optimizer) is optimizer
-        fits = fits and not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-        _require(fits, "scheduler", scheduler, "one of this optimizer, to step after every batch,")
-    history, best, initial = History(), {}, copy.deepcopy(model.state_dict())
+        _check_scheduler(scheduler, optimizer)
+    run = _Run(model, optimizer, loss_fn, device, epochs, checkpoint_path, progress)
     with _torch_modes_restored(device):
         try:
-            loaders = [
-                list(loader) if isinstance(loader, Iterator) else loader for loader in loaders
-            ]  # gives them once
-            train_loader, test_loader = loaders
-            _try_out(model, test_loader, device)
-            batches = _length(train_loader) or sum(1 for _ in train_loader)
-            made_with = _made_with(model, optimizer, loss_fn, epochs, batches)
-            scheduler, scaler = scheduler or _triangle(optimizer, max(1, epochs * batches)), _Scaler(device)
-            made_with["scheduler"] = type(scheduler).__name__
-            parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-            generators, note = _generators(loaders), getattr(train_loader, "note", "")
-            if resume and Path(checkpoint_path).exists():
-                history, best = _load_checkpoint(checkpoint_path, parts, made_with, generators, initial)
-            elif checkpoint_path is not None and not Path(checkpoint_path).exists():
-                _save_checkpoint(checkpoint_path, parts, made_with, generators, history, best)  # the start is one, too
-            if resume and progress:
-                print(f"{checkpoint_path}: {len(history.test)} of {epochs} epochs are done{note}")
-            while len(history.test) < epochs and not _reached(history, target_accuracy):
-                if progress:
-                    print(f"\nEPOCH: {len(history.test) + 1}{note}")
-                options = {"scheduler": scheduler, "scaler": scaler, "progress": progress}
-                train = train_cnn(model, train_loader, loss_fn, optimizer, device, **options)
-                test = test_cnn(model, test_loader, device, progress=progress)
-                record, weights = (history.best_accuracy, history.best_epoch), best
-                if test.accuracy > history.best_accuracy or not best:
-                    record, weights = (test.accuracy, len(history.test) + 1), copy.deepcopy(model.state_dict())
-                results = [*history.train, train], [*history.test, test]
-                history, best = History(*results, "completed", *record), weights  # at once: no interrupt parts them
-                if checkpoint_path is not None:
-                    _save_checkpoint(checkpoint_path, parts, made_with, generators, history, best)
-            history.status = "target reached" if _reached(history, target_accuracy) else "completed"
+            run.begin(loaders, scheduler, resume)
+            while len(run.history.test) < epochs and not _reached(run.history, target_accuracy):
+                run.train_and_test()
+            run.history.status = "target reached" if _reached(run.history, target_accuracy) else "completed"
         except (KeyboardInterrupt, FloatingPointError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                raise
-            history.status, why = "interrupted", ""
-            if isinstance(error, FloatingPointError):
-                history.status, why, best = "diverged", f": {error}; try a lower learning rate", best or initial
-            elif isinstance(error, RuntimeError):  # Ctrl-C may reach the workers first
-                why = f": {_first_line(error)}"
-            if best:
-                model.load_state_dict(best)
-            epoch = min(len(history.test) + 1, epochs)
-            warnings.warn(f"{history.status} in epoch {epoch} of {epochs}{why}", stacklevel=2)
-    return history
+            run.break_off(error)
+    return run.history
+
+
+def _reached(history, target_accuracy):
+    """Whether the last epoch reached the target, if there is one."""
+    return target_accuracy is not None and bool(history.test) and history.test[-1].accuracy >= target_accuracy
+
+
+def _check_scheduler(scheduler, optimizer):
+    """Raise ValueError unless `scheduler` is one that `train_cnn` can step."""
+    fits = hasattr(scheduler, "step") and getattr(scheduler, "optimizer", optimizer) is optimizer
+    fits = fits and not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+    _require(fits, "scheduler", scheduler, "one of this optimizer, to step after every batch,")
+
+
+class _Run:
+    """A run of `start_cnn`: what it trains with, what has come of it so far, and how that is kept."""
+
+    def __init__(self, model, optimizer, loss_fn, device, epochs, path, progress):
+        self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
+        self.device, self.epochs, self.path, self.progress = device, epochs, path and Path(path), progress
+        self.history, self.best = History(), {}  # the weights of the best epoch
+        self.initial = copy.deepcopy(model.state_dict())
+
+    def begin(self, loaders, scheduler, resume):
+        """Make what is missing, check what can be, go on from the checkpoint, if that is wanted and there is one."""
+        loaders = [list(loader) if isinstance(loader, Iterator) else loader for loader in loaders]  # it gives them once
+        self.train_loader, self.test_loader = loaders
+        self.note, self.generators = getattr(loaders[0], "note", ""), _generators(loaders)
+        _try_out(self.model, self.test_loader, self.device)
+        batches = _length(self.train_loader) or sum(1 for _ in self.train_loader)
+        rates = [float(group.get("initial_lr", group["lr"])) for group in self.optimizer.param_groups]
+        self.scheduler = scheduler or _triangle(self.optimizer, max(1, self.epochs * batches))
+        self.scaler = _Scaler(self.device)
+        self.parts = {name: getattr(self, name) for name in ("model", "optimizer", "scheduler", "scaler")}
+        self.made_with = {name: type(part).__name__ for name, part in self.parts.items()} | {
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "loss": type(self.loss_fn).__name__,
+            "learning rates": rates,
+            "epochs": int(self.epochs),
+            "batches": batches,
+        }
+        if resume and self.path.exists():
+            self.load()
+        elif self.path and not self.path.exists():
+            self.save()  # an interrupt in the first epoch can be resumed from, too
+        if resume and self.progress:
+            print(f"{self.path}: {len(self.history.test)} of {self.epochs} epochs are done{self.note}")
+
+    def train_and_test(self):
+        """One epoch."""
+        number, history = len(self.history.test) + 1, self.history
+        if self.progress:
+            print(f"\nEPOCH: {number}{self.note}")
+        options = {"scheduler": self.scheduler, "scaler": self.scaler, "progress": self.progress}
+        train = train_cnn(self.model, self.train_loader, self.loss_fn, self.optimizer, self.device, **options)
+        test = test_cnn(self.model, self.test_loader, self.device, progress=self.progress)
+        record, best = (history.best_accuracy, history.best_epoch), self.best
+        if test.accuracy > history.best_accuracy or not best:
+            record, best = (test.accuracy, number), copy.deepcopy(self.model.state_dict())
+        history = History([*history.train, train], [*history.test, test], "completed", *record)
+        self.history, self.best = history, best  # in one line, which no interrupt parts
+        if self.path:
+            self.save()
+
+    def break_off(self, error):
+        """Take the best weights and say why, where `error` is an interrupt or a loss that is not finite."""
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):  # these may be interrupted first
+            raise error
+        diverged, why = isinstance(error, FloatingPointError), _first_line(error) if str(error) else ""
+        self.history.status = "diverged" if diverged else "interrupted"
+        weights = self.best or (self.initial if diverged else None)
+        if weights:
+            self.model.load_state_dict(weights)
+        said = f"{self.history.status} in epoch {min(len(self.history.test) + 1, self.epochs)} of {self.epochs}"
+        said += f": {why}" if why else ""
+        warnings.warn(said + ("; try a lower learning rate" if diverged else ""), stacklevel=3)
+
+    def save(self):
+        """Write all that the run needs to go on."""
+        content = {name: part.state_dict() for name, part in self.parts.items()} | {
+            "made_with": self.made_with,
+            "history": asdict(self.history),
+            "best": self.best,
+            "random": _random_state(self.generators),
+        }
+        try:
+            _write(_plain(content), self.path)
+        except (OSError, AttributeError, TypeError, pickle.PicklingError) as error:  # also of a scheduler's state
+            said = f"{self.path}: checkpoint not written ({_first_line(error)}); training goes on"
+            warnings.warn(said, stacklevel=4)
+
+    def load(self):
+        """Take over all that `save` wrote; where it does not fit, the model keeps its weights."""
+        content = _read(self.path)
+        if not isinstance(content, dict) or not isinstance(content.get("made_with"), dict):
+            raise ValueError(f"{self.path}: not a checkpoint of start_cnn")
+        for name, value in self.made_with.items():
+            if (before := content["made_with"].get(name)) != value:
+                raise ValueError(f"{self.path}: was made with {name}={before}, this run has {name}={value}")
+        try:
+            for weights in filter(None, (content["best"], content["model"])):
+                _require_sound(weights, self.path)
+                self.model.load_state_dict(weights)
+            for name, part in self.parts.items():
+                part.load_state_dict(content[name])
+            results = {word: [EpochResult(**one) for one in content["history"][word]] for word in ("train", "test")}
+            _set_random_state(content["random"], self.generators)
+            self.history, self.best = History(**content["history"] | results), content["best"]
+        except Exception as error:  # what is in a foreign file can fail in any way
+            self.model.load_state_dict(self.initial)
+            why = f"{self.path}: does not fit this run ({_first_line(error)})"
+            raise ValueError(str(error) if str(self.path) in str(error) else why) from error
 
 
 @contextmanager
@@ -1395,19 +1470,6 @@ def _try_out(model, test_loader, device):
             batches.check(logits)
 
 
-def _made_with(model, optimizer, loss_fn, epochs, batches):
-    """What a checkpoint must have been made with to go on from it, by name."""
-    return {
-        "model": type(model).__name__,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "loss": type(loss_fn).__name__,
-        "optimizer": type(optimizer).__name__,
-        "learning rates": [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups],
-        "epochs": epochs,
-        "batches": batches,
-    }
-
-
 def _generators(loaders):
     """The random generators that the loaders, or their samplers, have of their own."""
     holders = []
@@ -1416,11 +1478,6 @@ def _generators(loaders):
         holders += [loader, *samplers]
     found = dict.fromkeys(getattr(holder, "generator", None) for holder in holders)
     return [generator for generator in found if isinstance(generator, torch.Generator)]
-
-
-def _reached(history, target_accuracy):
-    """Whether the last epoch reached the target, if there is one."""
-    return target_accuracy is not None and bool(history.test) and history.test[-1].accuracy >= target_accuracy
 
 
 def _triangle(optimizer, steps):
@@ -1517,15 +1574,6 @@ def _read(path):
         raise ValueError(f"{path}: not a file that this module saved ({why})") from error
 
 
-def _save_checkpoint(path, parts, made_with, generators, history, best):
-    """Write all that a run needs to go on: state of its parts and random generators, history and best weights."""
-    content = {"made_with": made_with, "history": asdict(history), "best": best, "random": _random_state(generators)}
-    try:
-        _write(_plain(content | {name: part.state_dict() for name, part in parts.items()}), path)
-    except (OSError, AttributeError, TypeError, pickle.PicklingError) as error:  # also of a scheduler's state
-        warnings.warn(f"{path}: checkpoint not written ({_first_line(error)}); training goes on", stacklevel=3)
-
-
 def _plain(value):
     """`value` with its NumPy numbers as Python's, which alone are read back."""
     if isinstance(value, dict):
@@ -1533,33 +1581,6 @@ def _plain(value):
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value] if isinstance(value, list) else tuple(map(_plain, value))
     return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
-
-
-def _load_checkpoint(path, parts, made_with, generators, initial):
-    """Put the parts and the random generators into the state that `path` holds; gives its history and best weights.
-
-    Where it does not fit, the model keeps its `initial` weights.
-    """
-    content = _read(path)
-    if not isinstance(content, dict) or not isinstance(content.get("made_with"), dict):
-        raise ValueError(f"{path}: not a checkpoint of start_cnn")
-    for name, value in made_with.items():
-        if (before := content["made_with"].get(name)) != value:
-            raise ValueError(f"{path}: was made with {name}={before}, this run has {name}={value}")
-    try:
-        for weights in filter(None, (content["best"], content["model"])):
-            _require_sound(weights, path)
-            parts["model"].load_state_dict(weights)
-        for name, part in parts.items():
-            part.load_state_dict(content[name])
-        results = {word: [EpochResult(**result) for result in content["history"][word]] for word in ("train", "test")}
-        history = History(**content["history"] | results)
-        _set_random_state(content["random"], generators)
-    except Exception as error:  # what is in a foreign file can fail in any way
-        parts["model"].load_state_dict(initial)
-        why = str(error) if str(path) in str(error) else f"{path}: does not fit this run ({_first_line(error)})"
-        raise ValueError(why) from error
-    return history, content["best"]
 
 
 def _random_state(generators):

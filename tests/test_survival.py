@@ -170,13 +170,13 @@ def test_a_checkpoint_is_not_replaced_before_an_epoch_is_done(model, loaders, de
 
 @pytest.mark.filterwarnings("ignore:interrupted")
 @pytest.mark.parametrize("mode", [lambda: torch.autocast("cpu", torch.bfloat16), torch.no_grad])
-def test_an_interrupt_while_torch_changes_its_modes_leaves_them_as_they_were(mode, model, loaders, device, monkeypatch):
-    def forward(images):
+def test_an_interrupt_while_torch_changes_its_modes_leaves_them_as_they_were(mode, model, loaders):
+    def loss_fn(logits, labels):
         mode().__enter__()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model, "forward", forward)
-    assert train(model, loaders, torch.device("cpu"), 1).status == "interrupted"
+    optimizer = velasoka.get_muon_optimizer(model)
+    assert velasoka.start_cnn(model, optimizer, loss_fn, loaders, "cpu", 1, **QUIET).status == "interrupted"
     assert torch.is_grad_enabled()
     assert not torch.is_autocast_enabled("cpu")
 
@@ -299,6 +299,7 @@ def spoiled(change):
 def test_a_checkpoint_of_something_else_is_refused_in_one_line_and_runs_nothing(harm, says, model, loaders, device):
     train(model, loaders, device, 1, checkpoint_path="run.pt")
     harm(Path("run.pt"))
+    model = velasoka.DilatedDepthwiseModel(fm_size=4).to(device)
     before, content = weights_of(model), Path("run.pt").read_bytes()
     with pytest.raises(ValueError, match=rf"run\.pt: .*{says}") as error:
         train(model, loaders, device, 1, checkpoint_path="run.pt", resume=True)
