@@ -1735,7 +1735,7 @@ def _parse(arguments):
     )
     add, data = parser.add_argument, parser.add_mutually_exclusive_group()
     add("--model", choices=[*MODELS, "all"], default="dilated-depthwise", help="default: %(default)s")
-    add("--epochs", type=_number(int, 1), metavar="N", help="how many to train for, at most (default: 3)")
+    add("--epochs", type=_number(int, 1), metavar="N", help="how many to train for, at most (default: 1)")
     target = "stop after the epoch that reaches this test accuracy (default: 80, or none where --epochs is given)"
     add("--target", type=_number(float, 1, 100), metavar="PERCENT", help=target)
     folder = "holds cifar-10-batches-py, or its archive, or image folders train/<class>/ and test/<class>/"
@@ -1759,7 +1759,7 @@ def _parse(arguments):
             parser.error(f"{path}: cannot be written")
     if options.epochs is None and options.target is None:
         options.target = 80.0
-    options.epochs = options.epochs or 3
+    options.epochs = options.epochs or 1
     return options
 
 
