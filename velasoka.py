@@ -1591,6 +1591,7 @@ def _random_state(generators):
         "numpy": (name, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
         "loaders": [generator.get_state() for generator in generators],
     }
 
@@ -1602,6 +1603,8 @@ def _set_random_state(state, generators):
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
+    if state["mps"] is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
     for generator, its_state in zip(generators, state["loaders"], strict=True):
         with suppress(RuntimeError):  # the state of another kind of device cannot be taken over
             generator.set_state(its_state)
