@@ -37,7 +37,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from http.client import HTTPException
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -1664,23 +1664,26 @@ def _grid(images, titles, columns, mean, std):
     return figure
 
 
+_COLOURS = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"  # of Okabe and Ito
+
+
 def plot_history(history):
     """A `Figure` of accuracy and loss by epoch, test solid and train dotted.
 
-    `history` is a `History`, or a dict of them by name to compare.
+    `history` is a `History`, or a dict of them by name to compare, each in a colour that the colour-blind tell apart.
     """
     histories = history if isinstance(history, dict) else {"": history}
     for one in histories.values():
         _require_kind("history", one, History, "a History, or a dict of them by name,")
     _require(histories, "history", history, "at least one")
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for number, (name, one) in enumerate(histories.items()):
+    for (name, one), colour in zip(histories.items(), cycle(_COLOURS)):
         for word, results, style in (("test", one.test, "o-"), ("train", one.train, "o:")):
             epochs = range(1, len(results) + 1)
             for axis, values in zip(axes, ([r.accuracy for r in results], [r.loss for r in results]), strict=True):
-                axis.plot(epochs, values, style, color=f"C{number}", markersize=4, label=f"{name} {word}".strip())
-    for axis, quantity in zip(axes, ("Accuracy (%)", "Loss (cross entropy)"), strict=True):
-        axis.set(xlabel="Epoch", ylabel=quantity)
+                axis.plot(epochs, values, style, color=colour, markersize=4, label=f"{name} {word}".strip())
+    for axis, title, quantity in zip(axes, ("Accuracy", "Loss"), ("accuracy (%)", "cross entropy"), strict=True):
+        axis.set(title=title, xlabel="epoch", ylabel=quantity)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
@@ -1696,7 +1699,7 @@ def plot_confusion_matrix(labels, predictions, classes):
     for (row, column), count in np.ndenumerate(counts):
         color = "white" if count > counts.max() / 2 else "black"
         axis.text(column, row, count, ha="center", va="center", fontsize=8, color=color)
-    axis.set(xlabel="Predicted class", ylabel="True class")
+    axis.set(title="Images by true and predicted class", xlabel="predicted class", ylabel="true class")
     axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axis.set_yticks(range(len(classes)), classes)
     plt.close(figure)

@@ -1,0 +1,55 @@
+"""Run EVA4_S7.ipynb from top to bottom on real images, and write it with its outputs, and the pictures in the README.
+
+    python -m benchmarks.notebook --data DIR
+
+It runs in an empty folder, beside a copy of `velasoka.py`, with DIR as `./data`. Needs what the tests need.
+"""
+
+import argparse
+import base64
+import copy
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+REPOSITORY = Path(__file__).parent.parent
+NOTEBOOK = REPOSITORY / "EVA4_S7.ipynb"
+PICTURES = {"view": "receptive-fields.png", "curves": "curves.png"}  # by the cell that draws them
+
+
+def execute(notebook, folder):
+    """Run all cells of `notebook` in `folder`, as Jupyter would; afterwards it holds what a page then shows."""
+    metadata, place = copy.deepcopy(notebook.metadata), {"metadata": {"path": folder}}
+    options = {"kernel_name": "python3", "coalesce_streams": True, "record_timing": False}
+    NotebookClient(notebook, resources=place, timeout=3600, **options).execute()
+    notebook.metadata = metadata  # the run adds what kernel it had
+
+
+def pictures(notebook):
+    """The PNG files that the README shows, by name, as bytes."""
+    outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+    return {name: base64.b64decode(outputs[cell][0].data["image/png"]) for cell, name in PICTURES.items()}
+
+
+def main():
+    """Run the notebook and write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data"), help="as for velasoka.py (default: %(default)s)")
+    options = parser.parse_args()
+    start, notebook = time.perf_counter(), nbformat.read(NOTEBOOK, as_version=4)
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(REPOSITORY / "velasoka.py", folder)
+        (Path(folder) / "data").symlink_to(options.data.resolve())
+        execute(notebook, folder)
+    nbformat.write(notebook, NOTEBOOK)
+    for name, content in pictures(notebook).items():
+        (REPOSITORY / "benchmarks" / name).write_bytes(content)
+    print(f"{NOTEBOOK.name}: run and written in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""EVA4_S7.ipynb: what is committed, and that it runs from top to bottom, here and as Colab runs it."""
+
+import functools
+import http.server
+import re
+import shutil
+import subprocess
+import sys
+import threading
+
+import nbformat
+import pytest
+from PIL import Image
+
+import velasoka
+from benchmarks.notebook import NOTEBOOK, REPOSITORY, execute, pictures
+
+HOME = "https://raw.githubusercontent.com/velasoka-repo/EVA4/master/Session-7"
+
+
+@pytest.fixture(scope="module")
+def notebook():
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A small image folder: drawn pictures, learnt in an epoch, under the names of CIFAR-10's classes."""
+    root = tmp_path_factory.mktemp("images")
+    for split, drawn in zip(("train", "test"), velasoka.get_synthetic_dataset(1500, 100), strict=True):
+        for index, (image, label) in enumerate(zip(drawn.data, drawn.targets, strict=True)):
+            folder = root / split / velasoka.CIFAR10_CLASSES[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{index:04}.png")
+    return root
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A folder served on loopback, its `velasoka.py` this repository's; `url` is its address."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    shutil.copy(REPOSITORY / "velasoka.py", folder)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        server.folder, server.url = folder, f"http://127.0.0.1:{server.server_port}"
+        yield server
+        server.shutdown()
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def with_settings(notebook, **settings):
+    """A copy of the notebook without outputs, its settings changed."""
+    notebook = nbformat.from_dict(notebook)
+    for name, value in settings.items():
+        pattern, line = re.compile(rf"^{name} = .*?(?=  #|$)", re.MULTILINE), f"{name} = {value!r}"
+        cell = next(cell for cell in code_cells(notebook) if pattern.search(cell.source))
+        cell.source = pattern.sub(lambda _, line=line: line, cell.source)
+    for cell in code_cells(notebook):
+        cell.outputs, cell.execution_count = [], None
+    return notebook
+
+
+def printed(notebook):
+    return "".join(output.get("text", "") for cell in code_cells(notebook) for output in cell.outputs)
+
+
+def set_up(notebook, folder, **settings):
+    """Run the cells before the first import of velasoka, as a script in `folder`."""
+    sources = [cell.source for cell in code_cells(with_settings(notebook, **settings))]
+    before = next(number for number, source in enumerate(sources) if "%pip" in source)
+    script = "\n".join(sources[:before])
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603
+
+
+def test_runs_from_top_to_bottom_beside_the_module(notebook, data, tmp_path):
+    shutil.copy(REPOSITORY / "velasoka.py", tmp_path)
+    (tmp_path / "data").symlink_to(data)
+    Image.effect_mandelbrot((90, 60), (-3, -2.5, 2, 2.5), 100).save(tmp_path / "own.png")  # neither square nor RGB
+    executed = with_settings(notebook, EPOCHS=1, IMAGE="own.png")
+    execute(executed, tmp_path)
+    text = printed(executed)
+    assert text.count(": met\n") == 8 and "NOT MET" not in text
+    assert text.count("EPOCH: 1") == 3 and "EPOCH: 2" not in text
+    assert "100.00% of the predictions are the same" in text
+    drawn = [str(cell.outputs).count("image/png") for cell in code_cells(executed)]
+    assert sum(drawn) == 9 and max(drawn) == 1  # none twice
+
+
+def test_runs_as_in_colab_with_nothing_but_itself(notebook, data, served, tmp_path):
+    folder = tmp_path / "content"
+    colab = folder / "google" / "colab"
+    colab.mkdir(parents=True)
+    (folder / "data").symlink_to(data)
+    (colab / "drive.py").write_text(
+        "import velasoka\n"
+        "def mount(path):\n"
+        "    assert path == '/content/gdrive'\n"
+        "    velasoka.get_drive_path = lambda folder, filename: f'drive/{folder}/{filename}'\n"
+    )
+    executed = with_settings(notebook, EPOCHS=1, USE_DRIVE=True, HOME=served.url)
+    execute(executed, folder)
+    assert printed(executed).count(": met\n") == 8
+    assert (folder / "velasoka.py").read_bytes() == (REPOSITORY / "velasoka.py").read_bytes()
+    checkpoints = {path.name for path in (folder / "drive" / "Session-7").iterdir()}
+    assert checkpoints == {f"{name}-1-epochs.pt" for name in velasoka.MODELS}
+
+
+FIRST_VERSION = '"""The first version."""\nimport torch\n'
+
+
+@pytest.mark.parametrize("content", [FIRST_VERSION, '__version__ = "1.9"\n', "<html>Sign in</html>", None])
+def test_what_is_not_the_module_is_named_and_not_kept(content, notebook, served, tmp_path):
+    (served.folder / "velasoka.py").unlink()
+    if content is not None:
+        (served.folder / "velasoka.py").write_text(content)
+    done = set_up(notebook, tmp_path, HOME=served.url)
+    reason = "is not version 2 of velasoka" if content else "cannot be read (HTTP Error 404"
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"{served.url}/velasoka.py {reason}") and "beside this notebook" in done.stderr
+    assert not (tmp_path / "velasoka.py").exists()
+
+
+def test_without_a_network_it_says_what_to_do(notebook, tmp_path):
+    done = set_up(notebook, tmp_path, HOME="http://127.0.0.1:9")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "cannot be read" in done.stderr
+
+
+def test_a_copy_that_is_there_is_used_or_named_but_never_replaced(notebook, served, tmp_path):
+    local = tmp_path / "velasoka.py"
+    for content, code in (('__version__ = "2.0.0"  # mine\n', 0), (FIRST_VERSION, 1)):
+        local.write_text(content)
+        done = set_up(notebook, tmp_path, HOME=served.url)
+        assert done.returncode == code and local.read_text() == content
+    assert str(local) in done.stderr and "is not version 2" in done.stderr
+
+
+def test_the_committed_file_is_a_whole_run_that_any_page_can_show(notebook):
+    nbformat.validate(notebook)
+    assert NOTEBOOK.stat().st_size < 2_000_000
+    assert [cell.execution_count for cell in code_cells(notebook)] == list(range(1, len(code_cells(notebook)) + 1))
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    kinds = {kind for output in outputs for kind in output.get("data", {})}
+    assert {output.output_type for output in outputs} <= {"stream", "display_data", "execute_result"}
+    assert kinds == {"text/plain", "image/png"}
+    text = printed(notebook)
+    assert text.count(": met\n") == 8 and "NOT MET" not in text
+    assert "\r" not in text and "stderr" not in {output.get("name") for output in outputs}
+    assert not re.search(r"(?<![\w.:/])/(home|root|tmp|usr|work|opt|Users)/", NOTEBOOK.read_text())
+
+
+def test_the_committed_file_opens_in_colab_on_a_gpu(notebook):
+    assert notebook.metadata.accelerator == "GPU" and notebook.metadata.colab.gpuType == "T4"
+    assert set(notebook.metadata) == {"accelerator", "colab", "kernelspec", "language_info"}
+    assert not any(cell.metadata for cell in notebook.cells)
+    badge = "https://colab.research.google.com/github/velasoka-repo/EVA4/blob/master/Session-7/EVA4_S7.ipynb"
+    assert badge in notebook.cells[0].source
+    assert f'HOME = "{HOME}"' in NOTEBOOK.read_text().replace("\\", "")
+
+
+def test_cells_are_short(notebook):
+    assert max(len(cell.source.splitlines()) for cell in code_cells(notebook)) <= 14
+    assert max(len(line) for cell in code_cells(notebook) for line in cell.source.splitlines()) <= 120
+
+
+def test_the_readme_shows_its_pictures_and_its_table(notebook):
+    readme, rows = (REPOSITORY / "README.md").read_text(), re.findall(r"^\| `.*%", notebook.cells[0].source, re.M)
+    assert len(rows) == 3 and all(row in readme for row in rows)
+    for name, content in pictures(notebook).items():
+        assert f"](benchmarks/{name})" in readme and (REPOSITORY / "benchmarks" / name).read_bytes() == content
