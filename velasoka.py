@@ -1218,8 +1218,9 @@ class _Scaler(torch.amp.GradScaler):
         return round(16 - math.log2(self.get_scale())) if self.is_enabled() else 0
 
     def load_state_dict(self, state_dict):
-        """Go on from `state_dict`, the schedule being where it should be."""
-        super().load_state_dict(state_dict)
+        """Go on from `state_dict`, the schedule being where it should be; it is empty where no scaling was needed."""
+        if state_dict:
+            super().load_state_dict(state_dict)
         self.held = self.refused()
 
 
@@ -1695,9 +1696,9 @@ def plot_confusion_matrix(labels, predictions, classes):
     """A `Figure` of how many images of each class (row) were taken for each class (column)."""
     counts = _confusion(labels, predictions, classes)
     figure, axis = plt.subplots(figsize=(7, 6.5), layout="constrained")
-    axis.imshow(counts, cmap="Blues")
+    axis.imshow(np.sqrt(counts), cmap="Blues")  # the root, or only the diagonal would be seen
     for (row, column), count in np.ndenumerate(counts):
-        color = "white" if count > counts.max() / 2 else "black"
+        color = "white" if count > counts.max() / 4 else "black"
         axis.text(column, row, count, ha="center", va="center", fontsize=8, color=color)
     axis.set(title="Images by true and predicted class", xlabel="predicted class", ylabel="true class")
     axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")

@@ -8,6 +8,8 @@ It runs in an empty folder, beside a copy of `velasoka.py`, with DIR as `./data`
 import argparse
 import base64
 import copy
+import hashlib
+import os
 import shutil
 import tempfile
 import time
@@ -15,6 +17,8 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+
+from benchmarks.accuracy import machine
 
 REPOSITORY = Path(__file__).parent.parent
 NOTEBOOK = REPOSITORY / "EVA4_S7.ipynb"
@@ -25,8 +29,15 @@ def execute(notebook, folder):
     """Run all cells of `notebook` in `folder`, as Jupyter would; afterwards it holds what a page then shows."""
     metadata, place = copy.deepcopy(notebook.metadata), {"metadata": {"path": folder}}
     options = {"kernel_name": "python3", "coalesce_streams": True, "record_timing": False}
-    NotebookClient(notebook, resources=place, timeout=3600, **options).execute()
+    inline = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    NotebookClient(notebook, resources=place, timeout=3600, **options).execute(env=os.environ | inline)
     notebook.metadata = metadata  # the run adds what kernel it had
+
+
+def digest(notebook):
+    """Of the sources of all code cells: what was run."""
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256("\0".join(sources).encode()).hexdigest()
 
 
 def pictures(notebook):
@@ -40,15 +51,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data"), help="as for velasoka.py (default: %(default)s)")
     options = parser.parse_args()
+    if not options.data.is_dir():
+        parser.error(f"--data {str(options.data)!r}: no such folder")
     start, notebook = time.perf_counter(), nbformat.read(NOTEBOOK, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(REPOSITORY / "velasoka.py", folder)
         (Path(folder) / "data").symlink_to(options.data.resolve())
         execute(notebook, folder)
+    notebook.metadata.run = {"sources_sha256": digest(notebook), **machine()}
     nbformat.write(notebook, NOTEBOOK)
     for name, content in pictures(notebook).items():
         (REPOSITORY / "benchmarks" / name).write_bytes(content)
-    print(f"{NOTEBOOK.name}: run and written in {time.perf_counter() - start:.0f} s")
+    print(f"{NOTEBOOK.name}: run and written, {time.perf_counter() - start:.0f} s; do its first cell's words hold?")
 
 
 if __name__ == "__main__":

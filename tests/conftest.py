@@ -54,16 +54,19 @@ def random_images(number, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (number, 32, 32, 3), dtype=np.uint8)
 
 
+def save_images(folder, images, labels):
+    """Write image folders as `get_cifar10_dataset` reads them, as PNG so that no pixel changes."""
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = folder / velasoka.CIFAR10_CLASSES[label] / f"{index:04}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+
+
 @pytest.fixture
 def image_folders(tmp_path):
-    """Image folders of 3 training and 2 test images a class, as PNG so that no pixel changes."""
+    """Image folders of 3 training and 2 test images a class."""
     for split, number in (("train", 3), ("test", 2)):
-        images = random_images(10 * number, seed=number).reshape(10, number, 32, 32, 3)
-        for name, of_class in zip(velasoka.CIFAR10_CLASSES, images, strict=True):
-            folder = tmp_path / split / name
-            folder.mkdir(parents=True)
-            for index, image in enumerate(of_class):
-                Image.fromarray(image).save(folder / f"{index:04}.png")
+        save_images(tmp_path / split, random_images(10 * number, seed=number), np.repeat(range(10), number))
     return tmp_path
 
 

@@ -4,16 +4,19 @@ import functools
 import http.server
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
 
 import nbformat
 import pytest
+from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
 import velasoka
-from benchmarks.notebook import NOTEBOOK, REPOSITORY, execute, pictures
+from benchmarks.notebook import NOTEBOOK, REPOSITORY, digest, execute, pictures
+from tests.conftest import save_images
 
 HOME = "https://raw.githubusercontent.com/velasoka-repo/EVA4/master/Session-7"
 
@@ -28,10 +31,7 @@ def data(tmp_path_factory):
     """A small image folder: drawn pictures, learnt in an epoch, under the names of CIFAR-10's classes."""
     root = tmp_path_factory.mktemp("images")
     for split, drawn in zip(("train", "test"), velasoka.get_synthetic_dataset(1500, 100), strict=True):
-        for index, (image, label) in enumerate(zip(drawn.data, drawn.targets, strict=True)):
-            folder = root / split / velasoka.CIFAR10_CLASSES[label]
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(folder / f"{index:04}.png")
+        save_images(root / split, drawn.data, drawn.targets)
     return root
 
 
@@ -109,6 +109,10 @@ def test_runs_as_in_colab_with_nothing_but_itself(notebook, data, served, tmp_pa
     assert (folder / "velasoka.py").read_bytes() == (REPOSITORY / "velasoka.py").read_bytes()
     checkpoints = {path.name for path in (folder / "drive" / "Session-7").iterdir()}
     assert checkpoints == {f"{name}-1-epochs.pt" for name in velasoka.MODELS}
+    again = with_settings(executed)
+    again.cells = again.cells[: 1 + next(i for i, cell in enumerate(again.cells) if cell.id == "train-simple")]
+    execute(again, folder)
+    assert "1 of 1 epochs are done" in printed(again) and "EPOCH:" not in printed(again)
 
 
 FIRST_VERSION = '"""The first version."""\nimport torch\n'
@@ -126,9 +130,29 @@ def test_what_is_not_the_module_is_named_and_not_kept(content, notebook, served,
     assert not (tmp_path / "velasoka.py").exists()
 
 
-def test_without_a_network_it_says_what_to_do(notebook, tmp_path):
-    done = set_up(notebook, tmp_path, HOME="http://127.0.0.1:9")
+def test_the_run_ends_there_and_shows_why(notebook, tmp_path):
+    executed = with_settings(notebook, HOME="http://127.0.0.1:9")
+    with pytest.raises(CellExecutionError, match=r"put velasoka\.py beside this notebook"):
+        execute(executed, tmp_path)
+    assert code_cells(executed)[2].execution_count is None
+
+
+@pytest.mark.parametrize("body", [b'__version__ = "2.0.0"\n', b"\xff\xfe"])
+def test_a_reply_that_breaks_off_or_is_no_text_is_not_kept(body, notebook, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=answer_once, args=(server, body), daemon=True).start()
+        done = set_up(notebook, tmp_path, HOME=f"http://127.0.0.1:{server.getsockname()[1]}")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "cannot be read" in done.stderr
+    assert not (tmp_path / "velasoka.py").exists()
+
+
+def answer_once(server, body):
+    """Send `body` as the first part of a text, then hang up."""
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(4096)
+        length = len(body) + 1000 * body.isascii()
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (length, body))
 
 
 def test_a_copy_that_is_there_is_used_or_named_but_never_replaced(notebook, served, tmp_path):
@@ -148,15 +172,17 @@ def test_the_committed_file_is_a_whole_run_that_any_page_can_show(notebook):
     kinds = {kind for output in outputs for kind in output.get("data", {})}
     assert {output.output_type for output in outputs} <= {"stream", "display_data", "execute_result"}
     assert kinds == {"text/plain", "image/png"}
+    assert notebook.metadata.run.sources_sha256 == digest(notebook)  # what is shown is what was run
     text = printed(notebook)
     assert text.count(": met\n") == 8 and "NOT MET" not in text
+    assert "50000/50000" in text and "10000/10000" in text and "CIFAR-10 (JPEG)" in notebook.cells[0].source
     assert "\r" not in text and "stderr" not in {output.get("name") for output in outputs}
     assert not re.search(r"(?<![\w.:/])/(home|root|tmp|usr|work|opt|Users)/", NOTEBOOK.read_text())
 
 
 def test_the_committed_file_opens_in_colab_on_a_gpu(notebook):
     assert notebook.metadata.accelerator == "GPU" and notebook.metadata.colab.gpuType == "T4"
-    assert set(notebook.metadata) == {"accelerator", "colab", "kernelspec", "language_info"}
+    assert set(notebook.metadata) == {"accelerator", "colab", "kernelspec", "language_info", "run"}
     assert not any(cell.metadata for cell in notebook.cells)
     badge = "https://colab.research.google.com/github/velasoka-repo/EVA4/blob/master/Session-7/EVA4_S7.ipynb"
     assert badge in notebook.cells[0].source
@@ -164,7 +190,7 @@ def test_the_committed_file_opens_in_colab_on_a_gpu(notebook):
 
 
 def test_cells_are_short(notebook):
-    assert max(len(cell.source.splitlines()) for cell in code_cells(notebook)) <= 14
+    assert max(len(cell.source.splitlines()) for cell in code_cells(notebook)) <= 15
     assert max(len(line) for cell in code_cells(notebook) for line in cell.source.splitlines()) <= 120
 
 

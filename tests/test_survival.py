@@ -20,6 +20,7 @@ import random
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,16 @@ def test_an_interrupt_in_the_first_epoch_can_be_resumed_with_the_same_objects(de
         train(model, (breaking, loaders[1]), device, 3, checkpoint_path="run.pt")
     train(model, loaders, device, 3, checkpoint_path="run.pt", resume=True)
     assert torch.equal(weights_of(model), weights_of(whole)) or device.type != "cpu"
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float16), (torch.float16, torch.float32)])
+def test_a_run_goes_on_with_another_precision_on_another_machine(dtypes, device, monkeypatch):
+    for dtype, options in zip(dtypes, ({}, {"resume": True}), strict=True):
+        monkeypatch.setattr(velasoka, "_precision", lambda device, dtype=dtype: dtype)
+        error = None if options else KeyboardInterrupt()
+        with pytest.warns(UserWarning, match="interrupted in epoch 3") if error else nullcontext():
+            history, _, _ = small_run(device, error, 5, checkpoint_path="run.pt", **options)
+    assert (history.status, len(history.test)) == ("completed", 3)
 
 
 def test_a_checkpoint_is_not_replaced_before_an_epoch_is_done(model, loaders, device):
