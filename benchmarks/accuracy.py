@@ -35,7 +35,7 @@ WITHOUT = {  # what stands in for which parts of velasoka.py to leave a techniqu
     "pool-before-norm": {"_block": _pool_last},
     "muon": {"get_muon_optimizer": velasoka.get_sgd_optimizer},
     "label-smoothing": {"get_ce_loss": nn.CrossEntropyLoss},
-    "decay": {"_warm_up_and_decay": lambda optimizer, steps: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)},
+    "decay": {"_triangle": lambda optimizer, steps: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)},
     "translation": {"_reflect": lambda position, size: torch.arange(size, device=position.device).expand_as(position)},
 }
 
