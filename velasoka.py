@@ -1687,7 +1687,7 @@ def plot_history(history):
         axis.set(title=title, xlabel="epoch", ylabel=quantity)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        axis.legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(histories))
     plt.close(figure)
     return figure
 
