@@ -4,7 +4,7 @@
 
 Everything is the default of `velasoka.py`, plain accuracy on the whole test set. `--held-out` is for choosing
 hyperparameters: it trains on 45,000 of the training images and reports on the other 5,000. `--without` leaves one
-technique of the recipe out, to see what it gives.
+technique of the recipe out, to see what it gives. Stopped and started again, it goes on with the runs not in its JSON.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import resource
 import statistics
 import sys
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -30,10 +31,20 @@ def _pool_last(*stages):
     return nn.Sequential(*(layer for stage in stages for layer in stage), nn.MaxPool2d(2, ceil_mode=True))
 
 
+def _one_rate(model, get_optimizer=velasoka.get_muon_optimizer):
+    optimizer = get_optimizer(model)
+    for group in optimizer.param_groups[1:]:
+        group["lr"] = 2 * optimizer.defaults["lr"]
+    return optimizer
+
+
+KEYS = "epochs", "model", "without", "seed"  # what tells a run from the others
 WITHOUT = {  # what stands in for which parts of velasoka.py to leave a technique out
+    "nothing": {},
     "mirrored-channels": {"_mirrored": lambda layer, dims=(): layer},
     "pool-before-norm": {"_block": _pool_last},
     "muon": {"get_muon_optimizer": velasoka.get_sgd_optimizer},
+    "fast-biases": {"get_muon_optimizer": _one_rate},
     "label-smoothing": {"get_ce_loss": nn.CrossEntropyLoss},
     "decay": {"_triangle": lambda optimizer, steps: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)},
     "translation": {"_reflect": lambda position, size: torch.arange(size, device=position.device).expand_as(position)},
@@ -63,8 +74,14 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
-def run(dataset, name, epochs, seed, tta):
+def run(dataset, epochs, name, without="nothing", seed=velasoka.SEED, tta=False):
     """Train one model from one seed; its final accuracies in percent, and the seconds of its training."""
+    kind = dict(zip(KEYS, (epochs, name, without, seed), strict=True))
+    with mock.patch.multiple(velasoka, **WITHOUT[without]) if WITHOUT[without] else nullcontext():
+        return kind | _run(dataset, epochs, name, seed, tta)
+
+
+def _run(dataset, epochs, name, seed, tta):
     velasoka.seed_everything(seed)
     device, model = velasoka.get_available_device(), velasoka.MODELS[name]()
     loaders = velasoka.get_cifar10_data_loader(dataset, device=device, seed=seed)
@@ -72,20 +89,22 @@ def run(dataset, name, epochs, seed, tta):
     history = velasoka.start_cnn(model, optimizer, loss_fn, loaders, device, epochs, progress=False)
     if history.status != "completed":
         raise SystemExit(f"{name}, seed {seed}: {history.status}")
-    result = {"model": name, "epochs": epochs, "seed": seed, "accuracy": history.test[-1].accuracy}
+    result = {"accuracy": history.test[-1].accuracy}
     if tta:
         result["tta"] = velasoka.test_cnn(model, loaders[1], device, tta=True, progress=False).accuracy
     return result | {"seconds": sum(epoch.seconds for epoch in history.train), "peak_memory_mb": peak_memory()}
 
 
 def table(results):
-    """The results by epochs and model, as Markdown."""
-    lines = ["| epochs | model | seeds | accuracy (%) | lowest | with TTA | training, s | MB |", "|---" * 8 + "|"]
-    for epochs, name in dict.fromkeys((result["epochs"], result["model"]) for result in results):
-        rows = [result for result in results if (result["epochs"], result["model"]) == (epochs, name)]
+    """The results by epochs, model and technique left out, as Markdown."""
+    head = *KEYS[:3], "seeds", "accuracy (%)", "lowest", "with TTA", "training, s", "MB"
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    kinds = [tuple(result[key] for key in KEYS[:3]) for result in results]
+    for kind in dict.fromkeys(kinds):
+        rows = [result for result, its_kind in zip(results, kinds, strict=True) if its_kind == kind]
         plain, tta, seconds = ([row[key] for row in rows if key in row] for key in ("accuracy", "tta", "seconds"))
         cost = f"{statistics.mean(seconds):.0f}", f"{rows[-1]['peak_memory_mb']:.0f}"
-        cells = [epochs, name, len(rows), spread(plain), f"{min(plain):.2f}", spread(tta), *cost]
+        cells = [*kind, len(rows), spread(plain), f"{min(plain):.2f}", spread(tta), *cost]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -106,19 +125,23 @@ def main():
     parser.add_argument("--seeds", type=int, default=5, help="how many (default: %(default)s)")
     parser.add_argument("--tta", action="store_true", help="also with test-time augmentation")
     parser.add_argument("--held-out", action="store_true", help="report on 5,000 training images not trained on")
-    parser.add_argument("--without", choices=WITHOUT, help="leave this technique out")
+    left_out = {"nargs": "*", "choices": WITHOUT, "default": ["nothing"]}
+    parser.add_argument("--without", **left_out, help="leave out each of these in turn; none named: of all")
     parser.add_argument("--json", type=Path, default=Path("accuracy.json"), help="(default: %(default)s)")
     options = parser.parse_args()
+    about = machine() | {"data": Path(options.data).resolve().name, "held_out": options.held_out, "tta": options.tta}
+    found = json.loads(options.json.read_text()) if options.json.exists() else about
+    results = found.pop("results", [])
+    if found != about:
+        parser.error(f"--json {options.json} holds runs of {found}, these are of {about}: name another file")
     dataset = velasoka.get_cifar10_dataset(root=options.data)
     dataset = held_out(dataset) if options.held_out else dataset
-    about = machine() | {"data": options.data, "held_out": options.held_out, "without": options.without}
-    runs = [(name, n, seed) for n in options.epochs for name in options.models for seed in range(options.seeds)]
-    results = []
-    left_out = mock.patch.multiple(velasoka, **WITHOUT[options.without]) if options.without else nullcontext()
-    with left_out, tqdm(runs, unit=" runs") as bar:
-        for name, epochs, seed in bar:
-            results.append(run(dataset, name, epochs, seed, options.tta))
-            bar.set_postfix_str(f"{name}, {epochs} epochs, seed {seed}: {results[-1]['accuracy']:.2f}%")
+    runs = product(options.epochs, options.models, options.without or WITHOUT, range(options.seeds))
+    done = {tuple(result[key] for key in KEYS) for result in results}
+    with tqdm([each for each in runs if each not in done], unit=" runs") as bar:
+        for each in bar:
+            results.append(run(dataset, *each, tta=options.tta))
+            bar.set_postfix_str(f"{', '.join(map(str, each))}: {results[-1]['accuracy']:.2f}%")
             options.json.write_text(json.dumps(about | {"results": results}, indent=1))
     print(table(results))
 

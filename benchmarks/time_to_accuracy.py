@@ -55,7 +55,7 @@ def main():
     dataset, plain = (velasoka.get_cifar10_dataset(*m, root=options.data) for m in ((), mean_and_std))
     results, lines = [], ["| model | target (%) | ours, s | first version, s | ratio |", "|---|---|---|---|---|"]
     for name in options.models:
-        ours = run(dataset, name, epochs=1, seed=velasoka.SEED, tta=False)
+        ours = run(dataset, 1, name)
         first = first_version(plain, name, options.first_epochs, options.target)
         results.append({"model": name, "ours": ours, "first_version": first})
         options.json.write_text(json.dumps(machine() | {"results": results}, indent=1))

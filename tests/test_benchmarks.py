@@ -25,17 +25,27 @@ def test_accuracy_is_that_of_the_last_epoch_by_model_epochs_and_seed(image_folde
     ]
     assert all(0 <= one[key] <= 100 for one in found for key in ("accuracy", "tta"))
     assert all(10 < one["peak_memory_mb"] < 1500 for one in found)
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 | simple | 2 |"))
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 | simple | nothing | 2 |"))
     assert f"{(found[4]['accuracy'] + found[5]['accuracy']) / 2:.2f} ± " in row
 
 
 @pytest.mark.parametrize("technique", accuracy.WITHOUT)
 def test_each_technique_can_be_left_out(technique, image_folders, monkeypatch):
     parts = {name: getattr(velasoka, name) for name in accuracy.WITHOUT[technique]}
-    found = run(monkeypatch, accuracy, "--models", "dilated", "--seeds", "1", "--without", technique)
+    (found,) = run(monkeypatch, accuracy, "--models", "dilated", "--seeds", "1", "--without", technique)["results"]
     assert found["without"] == technique
-    assert len(found["results"]) == 1
     assert all(getattr(velasoka, name) is part for name, part in parts.items())
+
+
+def test_a_stopped_benchmark_goes_on_and_mixes_nothing(image_folders, monkeypatch, capsys):
+    arguments = "--models", "dilated", "--without", "nothing", "decay", "--seeds"
+    before = run(monkeypatch, accuracy, *arguments, "1")["results"]
+    after = run(monkeypatch, accuracy, *arguments, "2")["results"]
+    assert after[:2] == before
+    assert [(one["without"], one["seed"]) for one in after[2:]] == [("nothing", 1), ("decay", 1)]
+    with pytest.raises(SystemExit):
+        run(monkeypatch, accuracy, *arguments, "2", "--held-out")
+    assert "--json result.json holds runs of " in capsys.readouterr().err
 
 
 def test_held_out_images_are_not_trained_on(pictures):
