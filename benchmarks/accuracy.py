@@ -8,6 +8,7 @@ technique of the recipe out, to see what it gives. Stopped and started again, it
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -55,9 +56,11 @@ def machine():
     """What a figure depends on besides the code."""
     device = velasoka.get_available_device()
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    code = hashlib.sha256(Path(velasoka.__file__).read_bytes()).hexdigest()[:12]
     return {"device": f"{device}: {name}", "cores": os.cpu_count(), "python": platform.python_version()} | {
+        "precision": str(velasoka._precision(device)),
         "torch": torch.__version__,
-        "velasoka": velasoka.__version__,
+        "velasoka": f"{velasoka.__version__}, sha256 {code}",
     }
 
 
@@ -142,7 +145,9 @@ def main():
         for each in bar:
             results.append(run(dataset, *each, tta=options.tta))
             bar.set_postfix_str(f"{', '.join(map(str, each))}: {results[-1]['accuracy']:.2f}%")
-            options.json.write_text(json.dumps(about | {"results": results}, indent=1))
+            part = options.json.with_name(f"{options.json.name}.part")
+            part.write_text(json.dumps(about | {"results": results}, indent=1))
+            part.replace(options.json)
     print(table(results))
 
 
