@@ -53,7 +53,7 @@ WITHOUT = {  # what stands in for which parts of velasoka.py to leave a techniqu
 
 
 def machine():
-    """What a figure depends on besides the code."""
+    """What a figure depends on: the machine, its precision, torch, and the code."""
     device = velasoka.get_available_device()
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     code = hashlib.sha256(Path(velasoka.__file__).read_bytes()).hexdigest()[:12]
@@ -96,6 +96,13 @@ def _run(dataset, epochs, name, seed, tta):
     if tta:
         result["tta"] = velasoka.test_cnn(model, loaders[1], device, tta=True, progress=False).accuracy
     return result | {"seconds": sum(epoch.seconds for epoch in history.train), "peak_memory_mb": peak_memory()}
+
+
+def keep(about, results, path):
+    """Write the JSON beside `path`, then rename it: whenever that is stopped, the file is whole."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(about | {"results": results}, indent=1))
+    part.replace(path)
 
 
 def table(results):
@@ -145,9 +152,7 @@ def main():
         for each in bar:
             results.append(run(dataset, *each, tta=options.tta))
             bar.set_postfix_str(f"{', '.join(map(str, each))}: {results[-1]['accuracy']:.2f}%")
-            part = options.json.with_name(f"{options.json.name}.part")
-            part.write_text(json.dumps(about | {"results": results}, indent=1))
-            part.replace(options.json)
+            keep(about, results, options.json)
     print(table(results))
 
 

@@ -9,7 +9,6 @@ time stands as a lower bound, beside the time to what it had reached after four 
 """
 
 import argparse
-import json
 from pathlib import Path
 from time import perf_counter
 from unittest import mock
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import velasoka
-from benchmarks.accuracy import WITHOUT, machine, run
+from benchmarks.accuracy import WITHOUT, keep, machine, run
 
 
 def first_version(dataset, name, epochs, target):
@@ -55,10 +54,10 @@ def main():
     dataset, plain = (velasoka.get_cifar10_dataset(*m, root=options.data) for m in ((), mean_and_std))
     results, lines = [], ["| model | target (%) | ours, s | first version, s | ratio |", "|---|---|---|---|---|"]
     for name in options.models:
-        ours = run(dataset, 1, name)
+        ours = run(dataset, epochs=1, name=name)
         first = first_version(plain, name, options.first_epochs, options.target)
         results.append({"model": name, "ours": ours, "first_version": first})
-        options.json.write_text(json.dumps(machine() | {"results": results}, indent=1))
+        keep(machine(), results, options.json)
         for target, (seconds, accuracy) in ((options.target, first[-1]), (first[:4][-1][1], first[:4][-1])):
             bound = "" if accuracy >= target else "over "
             reached = f"{ours['seconds']:.1f}" if ours["accuracy"] >= target else "not reached"
