@@ -140,8 +140,11 @@ def main():
     parser.add_argument("--json", type=Path, default=Path("accuracy.json"), help="(default: %(default)s)")
     options = parser.parse_args()
     about = machine() | {"data": Path(options.data).resolve().name, "held_out": options.held_out, "tta": options.tta}
-    found = json.loads(options.json.read_text()) if options.json.exists() else about
-    results = found.pop("results", [])
+    try:
+        found = json.loads(options.json.read_text()) if options.json.exists() else about
+        results = found.pop("results", [])
+    except (ValueError, AttributeError, TypeError):
+        parser.error(f"--json {options.json} exists and is not of this benchmark: name another file")
     if found != about:
         parser.error(f"--json {options.json} holds runs of {found}, these are of {about}: name another file")
     dataset = velasoka.get_cifar10_dataset(root=options.data)

@@ -48,6 +48,15 @@ def test_a_stopped_benchmark_goes_on_and_mixes_nothing(image_folders, monkeypatc
     assert "--json result.json holds runs of " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["", "not JSON", "[]", "3"])
+def test_a_file_that_is_not_of_the_benchmark_is_left_alone(content, monkeypatch, capsys):
+    Path("result.json").write_text(content)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, accuracy)
+    assert "--json result.json exists and is not of this benchmark" in capsys.readouterr().err
+    assert Path("result.json").read_text() == content
+
+
 def test_held_out_images_are_not_trained_on(pictures):
     kept, held_out = accuracy.held_out(pictures, 50)
     assert sorted([*kept.indices, *held_out.indices]) == list(range(200))
