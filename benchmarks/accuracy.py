@@ -15,7 +15,7 @@ import platform
 import resource
 import statistics
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -89,7 +89,8 @@ def _run(dataset, epochs, name, seed, tta):
     device, model = velasoka.get_available_device(), velasoka.MODELS[name]()
     loaders = velasoka.get_cifar10_data_loader(dataset, device=device, seed=seed)
     optimizer, loss_fn = velasoka.get_muon_optimizer(model), velasoka.get_ce_loss()
-    history = velasoka.start_cnn(model, optimizer, loss_fn, loaders, device, epochs, progress=False)
+    with redirect_stdout(sys.stderr):  # the bars of each epoch; standard output is the table's
+        history = velasoka.start_cnn(model, optimizer, loss_fn, loaders, device, epochs)
     if history.status != "completed":
         raise SystemExit(f"{name}, seed {seed}: {history.status}")
     result = {"accuracy": history.test[-1].accuracy}
