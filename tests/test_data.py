@@ -49,6 +49,11 @@ def test_ignores_what_is_no_image(image_folders):
     assert len(velasoka.get_cifar10_dataset(root=image_folders)[0]) == 30
 
 
+def torn_jpeg(path):
+    Image.fromarray(random_images(1)[0]).save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
 @pytest.mark.parametrize(
     ("harm", "named"),
     [
@@ -57,6 +62,7 @@ def test_ignores_what_is_no_image(image_folders):
         (lambda root: [path.unlink() for path in (root / "train" / "deer").iterdir()], "deer"),
         (lambda root: (root / "train" / "frog" / "0001.png").write_bytes(b"no picture"), "0001.png"),
         (lambda root: (root / "train" / "frog" / "0001.jpg").write_bytes(b""), "0001.jpg"),
+        (lambda root: torn_jpeg(root / "test" / "cat" / "0001.jpg"), "0001.jpg"),
         (lambda root: Image.new("RGB", (28, 30)).save(root / "test" / "dog" / "0001.png"), "28×30"),
         (lambda root: (root / "test").rename(root / "tests"), "test: no such folder"),
     ],
