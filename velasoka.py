@@ -647,6 +647,7 @@ class _DeviceLoader:
         mean_and_std = np.array(_normalization(transform) or (0.0, 1.0), dtype=np.float32)
         self.mean, self.std = torch.from_numpy(mean_and_std * 255).to(device)  # each of 3 channels, or one for all
         self.batch_size, self.shuffle, self.augment = batch_size, shuffle, augment
+        self.reach = 2  # pixels that an augmented image is moved by, at most
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def __len__(self):
@@ -663,19 +664,32 @@ class _DeviceLoader:
             yield images.permute(0, 3, 1, 2), self.labels[index]  # a view N×3×H×W, so channels_last
 
     def _augmented(self, index):
-        """The images at `index`, each moved by up to 2 pixels, its border reflected, and half of them mirrored.
+        """The images at `index`, each moved by up to `reach` pixels, its border reflected, and half of them mirrored.
 
         One gather does it all: pixel (y, x) of a result is pixel (rows[y], columns[x]) of its image.
         """
         height, width = self.images.shape[1:3]
-        rows = _reflect(self._draw(-2, 3, index) + torch.arange(height, device=index.device), height)
-        columns = _reflect(self._draw(-2, 3, index) + torch.arange(width, device=index.device), width)
+        down, right = (self._draw(-self.reach, self.reach + 1, index) for _ in range(2))
+        rows = _reflect(down + torch.arange(height, device=index.device), height)
+        columns = _reflect(right + torch.arange(width, device=index.device), width)
         columns = torch.where(self._draw(0, 2, index) == 0, columns, width - 1 - columns)
         return self.images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
     def _draw(self, low, high, index):
         """A random integer from `low` up to, not including, `high` for each image at `index`, N×1."""
         return torch.randint(low, high, (len(index), 1), generator=self.generator, device=index.device)
+
+
+def _unmoved(loader):
+    """`loader`, its images left in place if it is one of this module's: for the last epoch, of which the test is like.
+
+    In one epoch no image comes twice, so there is nothing to gain from moving it; in the last of several it is worth
+    more to see images as they will be tested (as after FixRes, Touvron et al., https://arxiv.org/abs/1906.06423).
+    """
+    if isinstance(loader, _DeviceLoader):
+        loader = copy.copy(loader)  # with the same images and random numbers
+        loader.reach = 0
+    return loader
 
 
 def _reflect(position, size):
@@ -1302,7 +1316,8 @@ def start_cnn(
 
     `data_loader` is `(train, test)`, both iterables of `(images N×3×H×W, labels N)` batches. `scheduler` is stepped
     after every batch; without one the learning rate warms up from nearly zero to the optimiser's own and falls back to
-    nearly zero at the last batch. Training ends early once an epoch reaches `target_accuracy` percent in the test.
+    nearly zero at the last batch. In the last epoch this module's loaders mirror images, but leave them in place.
+    Training ends early once an epoch reaches `target_accuracy` percent in the test.
 
     After every epoch all that the run needs is written to `checkpoint_path`; with `resume` the run goes on from there,
     and ends as it would have without the break. An interrupt (Ctrl-C, the notebook's stop button) or a loss that is not
@@ -1389,7 +1404,8 @@ class _Run:
         if self.progress:
             print(f"\nEPOCH: {number}{self.note}")
         options = {"scheduler": self.scheduler, "scaler": self.scaler, "progress": self.progress}
-        train = train_cnn(self.model, self.train_loader, self.loss_fn, self.optimizer, self.device, **options)
+        loader = self.train_loader if number < self.epochs else _unmoved(self.train_loader)
+        train = train_cnn(self.model, loader, self.loss_fn, self.optimizer, self.device, **options)
         test = test_cnn(self.model, self.test_loader, self.device, progress=self.progress)
         record, best = (history.best_accuracy, history.best_epoch), self.best
         if test.accuracy > history.best_accuracy or not best:

@@ -203,6 +203,25 @@ def test_stops_after_the_epoch_that_reaches_the_target(model, loaders, device):
     assert history.status == "target reached"
 
 
+def test_images_are_moved_in_all_epochs_but_the_last_which_shows_them_as_the_test_does(pictures, model, device):
+    loaders = velasoka.get_cifar10_data_loader(pictures, 50, device=device, augment=True)
+    in_place = velasoka.get_cifar10_data_loader(pictures, 50, device=device, augment=False)[0]
+    in_place = torch.cat([torch.cat([images, images.flip(-1)]) for images, _ in in_place])
+    moved = []  # how many of the 50 images of each batch of training
+
+    def look(model, inputs):
+        if model.training:
+            moved.append(sum(not (in_place == image).all(3).all(2).all(1).any() for image in inputs[0]))
+
+    model.register_forward_pre_hook(look)
+    train(model, loaders, device, 3)
+    assert len(moved) == 12
+    assert min(moved[:8]) > 35
+    assert max(moved[8:]) == 0
+    train(model, loaders, device, 2)
+    assert min(moved[12:16]) > 35  # the loader moves them again
+
+
 class Rates(torch.optim.SGD):
     """SGD that notes the learning rate of every step."""
 
