@@ -681,10 +681,10 @@ class _DeviceLoader:
 
 
 def _unmoved(loader):
-    """`loader`, its images left in place if it is one of this module's: for the last epoch, of which the test is like.
+    """`loader`, its images left in place if it is one of this module's: for the last epoch, before a test on such.
 
-    In one epoch no image comes twice, so there is nothing to gain from moving it; in the last of several it is worth
-    more to see images as they will be tested (as after FixRes, Touvron et al., https://arxiv.org/abs/1906.06423).
+    At the end, train and test images are best alike (FixRes, Touvron et al., https://arxiv.org/abs/1906.06423); and in
+    a single epoch, in which no image comes twice, there is nothing to gain from moving them.
     """
     if isinstance(loader, _DeviceLoader):
         loader = copy.copy(loader)  # with the same images and random numbers
@@ -905,8 +905,8 @@ def get_muon_optimizer(model, lr=0.05):
     """Muon for the filters of dense convolutions at `lr`, SGD for all else, at rates in proportion to it.
 
     `lr` is the peak of `start_cnn`'s schedule. The biases of batch norms, thresholds that each filter has to find, and
-    depthwise convolutions learn at 10 × `lr` (airbench has such biases learn faster, too), the last layer and whatever
-    else there is at 2 × `lr`. In a model without convolutions that is everything.
+    depthwise convolutions learn at 20 × `lr` (airbench has such biases learn faster, too), the last layer and whatever
+    else there is at 2 × `lr`. In a model without convolutions that is everything. No weight decays.
     """
     parameters = _trainable(model, lr)
     convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
@@ -915,11 +915,11 @@ def get_muon_optimizer(model, lr=0.05):
     last = [parameter for parameter in parameters if parameter.ndim > 1][-1:]
     filters = {layer.weight for layer in convolutions if layer.groups == 1}.difference(last)
     fast = {*biases, *(parameter for layer in depthwise for parameter in layer.parameters())}.difference(last)
-    groups = [{"muon": True, "momentum": 0.8, "weight_decay": 0.0}, {"lr": 10 * lr}, {"lr": 2 * lr}]
+    groups = [{"muon": True, "momentum": 0.8}, {"lr": 20 * lr}, {"lr": 2 * lr}]
     members = filters, fast, set(parameters) - filters - fast
     for group, chosen in zip(groups, members, strict=True):
         group["params"] = [parameter for parameter in parameters if parameter in chosen]
-    return _MuonSGD([group for group in groups if group["params"]], lr=lr, momentum=0.9, weight_decay=5e-4)
+    return _MuonSGD([group for group in groups if group["params"]], lr=lr, momentum=0.9, weight_decay=0.0)
 
 
 def _trainable(model, lr):

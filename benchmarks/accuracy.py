@@ -48,6 +48,7 @@ WITHOUT = {  # what stands in for which parts of velasoka.py to leave a techniqu
     "fast-biases": {"get_muon_optimizer": _one_rate},
     "label-smoothing": {"get_ce_loss": nn.CrossEntropyLoss},
     "decay": {"_triangle": lambda optimizer, steps: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)},
+    "unmoved-last-epoch": {"_unmoved": lambda loader: loader},
     "translation": {"_reflect": lambda position, size: torch.arange(size, device=position.device).expand_as(position)},
 }
 

@@ -402,7 +402,7 @@ def test_muon_moves_each_kind_of_parameter_at_its_own_pace(model):
     assert set(pace) == set(model.parameters())
     norm, depthwise = model.c1[1], model.c2[3]
     assert pace[model.c1[0].weight] == pace[model.c3[3].weight] == ("muon", 0.1)
-    assert pace[norm.bias] == pace[depthwise.weight] == ("sgd", 1.0)
+    assert pace[norm.bias] == pace[depthwise.weight] == ("sgd", 2.0)
     assert pace[norm.weight] == pace[model.c1[0].bias] == pace[model.c4[1].weight] == ("sgd", 0.2)
 
 
