@@ -149,7 +149,8 @@ def main():
         parser.error(f"--json {options.json} exists and is not of this benchmark: name another file")
     if found != about:
         parser.error(f"--json {options.json} holds runs of {found}, these are of {about}: name another file")
-    dataset = velasoka.get_cifar10_dataset(root=options.data)
+    with redirect_stdout(sys.stderr):
+        dataset = velasoka.get_cifar10_dataset(root=options.data)
     dataset = held_out(dataset) if options.held_out else dataset
     runs = product(options.epochs, options.models, options.without or WITHOUT, range(options.seeds))
     done = {tuple(result[key] for key in KEYS) for result in results}
