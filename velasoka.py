@@ -592,8 +592,9 @@ def get_cifar10_data_loader(dataset, batch_size=_BATCH_SIZE, *, device=None, aug
 
     The whole data set lies on `device` (default: the fastest there is) as uint8 (184 MB for CIFAR-10) and batches are
     made there, normalised with the mean and std in the dataset's `Normalize` transform, its other transforms left out.
-    The train loader shuffles and, with `augment`, flips and translates anew in every epoch; the test loader keeps the
-    order. Their random numbers are their own: the same `seed` gives the same batches, whatever else draws some.
+    The train loader shuffles and, with `augment`, flips and translates anew in every epoch (in the last one of
+    `start_cnn` it only flips); the test loader keeps the order. Their random numbers are their own: the same `seed`
+    gives the same batches, whatever else draws some.
 
     A dataset is one of this module's, one of torchvision's `CIFAR10` kind, or a `torch.utils.data.Subset` of either.
     Batches are laid out channels_last, so a `forward` of your own says `flatten` or `reshape` rather than `view`.
@@ -669,7 +670,8 @@ class _DeviceLoader:
         One gather does it all: pixel (y, x) of a result is pixel (rows[y], columns[x]) of its image.
         """
         height, width = self.images.shape[1:3]
-        down, right = (self._draw(-self.reach, self.reach + 1, index) for _ in range(2))
+        down = self._draw(-self.reach, self.reach + 1, index)
+        right = self._draw(-self.reach, self.reach + 1, index)
         rows = _reflect(down + torch.arange(height, device=index.device), height)
         columns = _reflect(right + torch.arange(width, device=index.device), width)
         columns = torch.where(self._draw(0, 2, index) == 0, columns, width - 1 - columns)
@@ -681,13 +683,13 @@ class _DeviceLoader:
 
 
 def _unmoved(loader):
-    """`loader`, its images left in place if it is one of this module's: for the last epoch, before a test on such.
+    """`loader`, but moving no image if it is one of this module's: training ends on images placed as the test's are.
 
-    At the end, train and test images are best alike (FixRes, Touvron et al., https://arxiv.org/abs/1906.06423); and in
-    a single epoch, in which no image comes twice, there is nothing to gain from moving them.
+    (FixRes, Touvron et al., https://arxiv.org/abs/1906.06423, does so for their size.) In a single epoch, which is also
+    the last, no image comes twice, so that moving them shows nothing new.
     """
     if isinstance(loader, _DeviceLoader):
-        loader = copy.copy(loader)  # with the same images and random numbers
+        loader = copy.copy(loader)  # which shares the images and the generator
         loader.reach = 0
     return loader
 
@@ -906,7 +908,7 @@ def get_muon_optimizer(model, lr=0.05):
 
     `lr` is the peak of `start_cnn`'s schedule. The biases of batch norms, thresholds that each filter has to find, and
     depthwise convolutions learn at 20 × `lr` (airbench has such biases learn faster, too), the last layer and whatever
-    else there is at 2 × `lr`. In a model without convolutions that is everything. No weight decays.
+    else there is at 2 × `lr`. In a model without convolutions that is everything. There is no weight decay.
     """
     parameters = _trainable(model, lr)
     convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
@@ -1316,8 +1318,8 @@ def start_cnn(
 
     `data_loader` is `(train, test)`, both iterables of `(images N×3×H×W, labels N)` batches. `scheduler` is stepped
     after every batch; without one the learning rate warms up from nearly zero to the optimiser's own and falls back to
-    nearly zero at the last batch. In the last epoch this module's loaders mirror images, but leave them in place.
-    Training ends early once an epoch reaches `target_accuracy` percent in the test.
+    nearly zero at the last batch. In epoch `epochs`, the last, a train loader of `get_cifar10_data_loader` moves no
+    image. Training ends early once an epoch reaches `target_accuracy` percent in the test.
 
     After every epoch all that the run needs is written to `checkpoint_path`; with `resume` the run goes on from there,
     and ends as it would have without the break. An interrupt (Ctrl-C, the notebook's stop button) or a loss that is not
