@@ -207,11 +207,11 @@ def test_images_are_moved_in_all_epochs_but_the_last_which_only_mirrors_them(pic
     loaders = velasoka.get_cifar10_data_loader(pictures, 50, device=device, augment=True)
     plain = velasoka.get_cifar10_data_loader(pictures, 50, device=device, augment=False)[0]
     plain = torch.cat([images for images, _ in plain])
+    found, flipped = ({image.numpy().tobytes() for image in part.cpu()} for part in (plain, plain.flip(-1)))
     moved, mirrored = [], []  # how many of the 50 images of each batch of training
 
     def look(model, inputs):
         if model.training:
-            found, flipped = ({image.numpy().tobytes() for image in part.cpu()} for part in (plain, plain.flip(-1)))
             images = [image.numpy().tobytes() for image in inputs[0].contiguous().cpu()]
             moved.append(sum(image not in found | flipped for image in images))
             mirrored.append(sum(image in flipped for image in images))
