@@ -9,6 +9,8 @@ time stands as a lower bound, beside the time to what it had reached after four 
 """
 
 import argparse
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from time import perf_counter
 from unittest import mock
@@ -51,7 +53,8 @@ def main():
     parser.add_argument("--json", type=Path, default=Path("time_to_accuracy.json"), help="(default: %(default)s)")
     options = parser.parse_args()
     mean_and_std = (0.5,) * 3, (0.5,) * 3
-    dataset, plain = (velasoka.get_cifar10_dataset(*m, root=options.data) for m in ((), mean_and_std))
+    with redirect_stdout(sys.stderr):  # the bars; standard output is the table's
+        dataset, plain = (velasoka.get_cifar10_dataset(*m, root=options.data) for m in ((), mean_and_std))
     results, lines = [], ["| model | target (%) | ours, s | first version, s | ratio |", "|---|---|---|---|---|"]
     for name in options.models:
         ours = run(dataset, epochs=1, name=name)
