@@ -47,9 +47,9 @@ WITHOUT = {  # what stands in for which parts of velasoka.py to leave a techniqu
     "muon": {"get_muon_optimizer": velasoka.get_sgd_optimizer},
     "fast-biases": {"get_muon_optimizer": _one_rate},
     "label-smoothing": {"get_ce_loss": nn.CrossEntropyLoss},
-    "decay": {"_triangle": lambda optimizer, steps: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)},
-    "unmoved-last-epoch": {"_unmoved": lambda loader: loader},
-    "translation": {"_reflect": lambda position, size: torch.arange(size, device=position.device).expand_as(position)},
+    "decay": {"_triangular_schedule": lambda optimizer, steps: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)},
+    "first-epoch-without-shifts": {"_set_epoch": lambda loader, epoch: None},
+    "shifts": {"_MAX_SHIFT": 0},
 }
 
 

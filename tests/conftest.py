@@ -94,6 +94,28 @@ def overflowing(loss_fn, at):
     return lambda logits, labels: loss_fn(logits, labels) * (math.inf if next(calls) in at else 1)
 
 
+class Breaking:
+    """A loader that raises `error`, or calls it, before batch `at`, counted from 0 over all epochs."""
+
+    def __init__(self, loader, error, at):
+        self.loader, self.error, self.at, self.count = loader, error, at, 0
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for batch in self.loader:
+            if self.count == self.at:
+                if callable(self.error):
+                    self.error()
+                raise self.error
+            self.count += 1
+            yield batch
+
+
 def train(model, loaders, device, epochs=2, **options):
     optimizer = velasoka.get_muon_optimizer(model)
     return velasoka.start_cnn(model, optimizer, velasoka.get_ce_loss(), loaders, device, epochs, **QUIET | options)

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 import velasoka
@@ -154,7 +155,7 @@ def test_receptive_field_of_less_common_layers(layers, field):
     assert velasoka.receptive_field(nn.Sequential(*layers))[-1]["receptive_field"] == field
 
 
-def test_receptive_field_warns_of_steps_that_are_no_modules():
+def test_receptive_field_follows_steps_that_are_no_modules():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -164,9 +165,48 @@ def test_receptive_field_warns_of_steps_that_are_no_modules():
             x = self.two(nn.functional.max_pool2d(self.one(x), 2))
             return self.last(x.view(len(x), -1))
 
-    with pytest.warns(UserWarning, match="before two is no module"):
-        rows = velasoka.receptive_field(Net())
-    assert [row["layer"] for row in rows] == ["one", "two", "last"]
+    rows = velasoka.receptive_field(Net())
+    assert [(row["layer"], row["receptive_field"]) for row in rows] == [
+        ("one", 3),
+        ("max_pool2d", 4),
+        ("two", 8),
+        ("view", 32),
+    ]
+
+
+def test_receptive_field_warns_of_a_step_that_it_cannot_follow():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 3))
+    with pytest.warns(UserWarning, match="leaves out 1, which it cannot follow"):
+        velasoka.receptive_field(model)
+
+
+class Branches(nn.Module):
+    """Two ways from the input, joined by `join`, and then a 3×3 convolution."""
+
+    def __init__(self, one, other, join):
+        super().__init__()
+        self.one, self.other, self.join, self.last = one, other, join, nn.LazyConv2d(4, 3)
+
+    def forward(self, x):
+        return self.last(self.join(self.one(x), self.other(x)))
+
+
+@pytest.mark.parametrize(
+    ("model", "field"),
+    [
+        (Branches(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 5, padding=2), lambda *x: torch.cat(x, 1)), 7),
+        (Branches(nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(3, 4, 1, 2), torch.add), 7),
+        (nn.Sequential(torchvision.models.resnet18().layer1, nn.Conv2d(64, 4, 1)), 9),
+        (nn.Sequential(*list(torchvision.models.resnet18().children())[:-2]), 435),
+        (nn.Sequential(*list(torchvision.models.resnet50().children())[:-2]), 427),
+        (torchvision.models.alexnet().features, 195),
+        (torchvision.models.vgg16().features, 212),
+        (torchvision.models.mobilenet_v2().features, 491),
+    ],
+)
+def test_receptive_field_where_branches_meet(model, field):
+    channels = next(parameter.shape[1] for parameter in model.parameters() if parameter.ndim == 4)
+    assert velasoka.receptive_field(model, (channels, 224, 224))[-1]["receptive_field"] == field
 
 
 @every_model

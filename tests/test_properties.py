@@ -1,7 +1,9 @@
 """What holds for any loader and any checkpoint, tried on many by hypothesis."""
 
 import numpy as np
+import pytest
 import torch
+from conftest import Breaking
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -17,7 +19,7 @@ def pair_of(number, channel_means):
     """A pair of datasets whose image i has the value i in all its pixels, so that it is known after augmentation."""
     images = np.broadcast_to(np.arange(number, dtype=np.uint8)[:, None, None, None], (number, 32, 32, 3))
     labels = [index % 10 for index in range(number)]
-    dataset = velasoka._Pictures(images.copy(), labels, velasoka.CIFAR10_CLASSES, channel_means, (0.25, 0.25, 0.25))
+    dataset = velasoka._ArrayDataset(images.copy(), labels, velasoka.CIFAR10_CLASSES, channel_means, (0.25, 0.25, 0.25))
     return dataset, dataset
 
 
@@ -92,28 +94,16 @@ def test_what_a_checkpoint_holds_comes_back(content):
     assert flat(velasoka._read("content.pt")) == flat(content)
 
 
+@pytest.mark.filterwarnings("ignore:interrupted")
 @settings(few, max_examples=6)
 @given(st.integers(0, 3), st.integers(8, 25), st.sampled_from(list(velasoka.MODELS)), seeds)
 def test_a_run_broken_off_after_any_epoch_ends_as_the_whole_one(device, done, batch_size, name, seed):
-    def run(stop_at=3, **options):
+    def run(epochs=3, **options):
         velasoka.seed_everything(seed)
         model = velasoka.MODELS[name](fm_size=2)
         train, test = velasoka.get_cifar10_data_loader(pair_of(24, (0.0,) * 3), batch_size, device=device, seed=seed)
-        optimizer, epochs = velasoka.get_muon_optimizer(model), []
-
-        class Stopping:
-            generator = train.generator
-
-            def __len__(self):
-                return len(train)
-
-            def __iter__(self):
-                epochs.append(1)
-                if len(epochs) > stop_at:
-                    raise KeyboardInterrupt
-                return iter(train)
-
-        loaders = Stopping(), test
+        loaders = Breaking(train, KeyboardInterrupt(), at=epochs * len(train)), test
+        optimizer = velasoka.get_muon_optimizer(model)
         velasoka.start_cnn(model, optimizer, velasoka.get_ce_loss(), loaders, device, 3, progress=False, **options)
         return [parameter.tolist() for parameter in model.parameters()]
 
