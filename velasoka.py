@@ -14,9 +14,8 @@ The shortest useful program::
 
 or, from a shell, ``python velasoka.py --help``.
 
-Part one is training, in the order in which an image meets it: device, models, loader, optimiser, loop.
-Part two makes it a library: passes that count, runs that survive, checkpoints, data sets, download, summary, plots, checks, command line.
-Accuracy is in percent everywhere.
+Part one is training, in the order in which an image meets it: device, models, loader, optimiser, loop. Part two makes
+it a library, one section for each concern; the arguments of every function are checked there. Accuracy is in percent.
 """
 
 import argparse
@@ -35,10 +34,9 @@ import sys
 import tarfile
 import tempfile
 import time
-import typing
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from http.client import HTTPException
@@ -52,7 +50,6 @@ import torch
 import torch.nn.functional as F
 import torchsummary
 from filelock import FileLock
-from matplotlib.figure import Figure
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -101,7 +98,7 @@ _MAX_SHIFT = 2  # pixels by which training images are moved; 4 was worse
 # --- Device ----------------------------------------------------------------------------------------------------------
 
 
-def get_available_device() -> torch.device:
+def get_available_device():
     """The fastest `torch.device` of this machine: cuda if there is one, else Apple's mps, else cpu."""
     mps = "mps" if torch.backends.mps.is_available() else "cpu"
     return torch.device("cuda" if torch.cuda.is_available() else mps)
@@ -139,7 +136,7 @@ class SimpleModel(nn.Module):
 
     memory_format = torch.channels_last  # the layout in which the loops keep images and weights; convolutions like it
 
-    def __init__(self, fm_size: int = 32):
+    def __init__(self, fm_size=32):
         super().__init__()
         f = fm_size
         self.c1 = _block(_conv(3, f, 3, mirrored=(0, 3)), _conv(f, 2 * f, 3))  # 64×16×16, receptive field 6
@@ -167,7 +164,7 @@ class DilatedModel(SimpleModel):
     Its first 3×3 convolution has dilation 2 and so spans 5×5; the second is 2×2.
     """
 
-    def __init__(self, fm_size: int = 32):
+    def __init__(self, fm_size=32):
         super().__init__(fm_size)
         self.c3 = _block(
             _conv(4 * fm_size, 4 * fm_size, 3, dilation=2), _conv(4 * fm_size, 8 * fm_size, 2)
@@ -181,7 +178,7 @@ class DilatedDepthwiseModel(DilatedModel):
     (MobileNets, https://arxiv.org/abs/1704.04861).
     """
 
-    def __init__(self, fm_size: int = 32):
+    def __init__(self, fm_size=32):
         super().__init__(fm_size)
         width = 2 * fm_size
         depthwise = _mirrored(nn.Conv2d(width, width, 3, padding=1, groups=width))
@@ -235,14 +232,7 @@ def _tie_gradients(layer):
 # --- Loader ----------------------------------------------------------------------------------------------------------
 
 
-def get_cifar10_data_loader(
-    dataset: tuple | list,
-    batch_size: int = _BATCH_SIZE,
-    *,
-    device: torch.device | None = None,
-    augment: bool | np.bool_ = True,
-    seed: int = SEED,
-) -> tuple[DataLoader, DataLoader]:
+def get_cifar10_data_loader(dataset, batch_size=_BATCH_SIZE, *, device=None, augment=True, seed=SEED):
     """`(train_loader, test_loader)` for `dataset = (train, test)`: `DataLoader`s of images N×3×H×W and labels N.
 
     The whole data set lies on `device` (default: the fastest there is) as uint8 (184 MB for CIFAR-10) and batches are
@@ -259,7 +249,7 @@ def get_cifar10_data_loader(
     for part, is_train in zip(dataset, (True, False), strict=True):
         generator = torch.Generator().manual_seed(seed)
         on_device = _DeviceDataset(*_arrays_of(part), device, augment and is_train, generator)
-        options = {"shuffle": is_train, "generator": generator, "collate_fn": tuple}  # collated as it is
+        options = {"shuffle": is_train, "generator": generator, "collate_fn": tuple}  # a batch comes whole
         loaders.append(DataLoader(on_device, int(batch_size), **options))
     return tuple(loaders)
 
@@ -311,7 +301,7 @@ def _reflect(position, size):
 # --- Optimizer, schedule, loss ---------------------------------------------------------------------------------------
 
 
-def get_muon_optimizer(model: nn.Module, lr: float = _PEAK_LR) -> torch.optim.Optimizer:
+def get_muon_optimizer(model, lr=_PEAK_LR):
     """Muon for the filters of dense convolutions at `lr`, SGD for all else, at rates in proportion to it.
 
     `lr` is the peak of `start_cnn`'s schedule. The biases of batch norms, thresholds that each filter has to find, and
@@ -406,7 +396,7 @@ def _triangular_schedule(optimizer, steps):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def get_ce_loss(label_smoothing: float = _LABEL_SMOOTHING) -> nn.CrossEntropyLoss:
+def get_ce_loss(label_smoothing=_LABEL_SMOOTHING):
     """Cross entropy of logits N×10 and labels N, the target's probability lowered to 1 − `label_smoothing`.
 
     Label smoothing is from Szegedy et al., https://arxiv.org/abs/1512.00567.
@@ -442,17 +432,7 @@ class History:
     best_epoch: int = 0
 
 
-def train_cnn(
-    model: nn.Module,
-    data_loader: Iterable,
-    loss_fn: Callable,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-    *,
-    scheduler=None,
-    scaler=None,
-    progress: bool = True,
-) -> EpochResult:
+def train_cnn(model, data_loader, loss_fn, optimizer, device, *, scheduler=None, scaler=None, progress=True):
     """Train `model` for one epoch on any iterable of `(images N×3×H×W, labels N)` batches; return its `EpochResult`.
 
     Computes in the mixed precision that suits `device` and steps `scheduler`, if given, after every batch. If that is
@@ -486,9 +466,7 @@ def _to_device(model, device):
     return torch.device(device)
 
 
-def test_cnn(
-    model: nn.Module, data_loader: Iterable, device: torch.device, *, tta: bool = False, progress: bool = True
-):
+def test_cnn(model, data_loader, device, *, tta=False, progress=True):
     """The `EpochResult` of `model` on any iterable of batches, its loss the plain cross entropy; trains nothing.
 
     With `tta`, test-time augmentation, the logits are the mean over six views of each image. Raises FloatingPointError
@@ -504,19 +482,19 @@ def test_cnn(
 
 
 def start_cnn(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loss_fn: Callable,
-    data_loader: tuple | list,
-    device: torch.device,
-    epochs: int = 10,
+    model,
+    optimizer,
+    loss_fn,
+    data_loader,
+    device,
+    epochs=10,
     *,
     scheduler=None,
-    target_accuracy: float | None = None,
-    checkpoint_path: os.PathLike | str | None = None,
-    resume: bool = False,
-    progress: bool = True,
-) -> History:
+    target_accuracy=None,
+    checkpoint_path=None,
+    resume=False,
+    progress=True,
+):
     """Train `model` for `epochs` epochs, test it after each, and return the `History`.
 
     `data_loader` is `(train, test)`, both iterables of `(images N×3×H×W, labels N)` batches. `scheduler` is stepped
@@ -562,7 +540,10 @@ class _Pass:
         self.optimizer, self.scaler, self.is_scaled = optimizer, scaler, scaler is not None and scaler.is_enabled()
         self.suffix = getattr(getattr(data_loader, "dataset", None), "suffix", "")  # " (not CIFAR-10)", say
         if optimizer is not None:
-            _check_optimizer(optimizer, model)
+            moved = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+            _require(moved.intersection(model.parameters()), "optimizer", optimizer, "one made for this model")
+            needs_closure = isinstance(optimizer, torch.optim.LBFGS)
+            _require(not needs_closure, "optimizer", optimizer, "one whose step needs no closure")
         dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
         self.layout = {"dtype": dtype, "memory_format": getattr(model, "memory_format", torch.contiguous_format)}
         self.num_batches = self.batch_size = self.max_label = 0  # batch size: of the last one; label: of all so far
@@ -661,8 +642,8 @@ class _Pass:
         text = "out of memory|ALLOC_FAILED|DefaultCPUAllocator"
         if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(text, str(error))):
             way_out = f"try half, batch_size={self.batch_size // 2}" if self.batch_size > 1 else "try a smaller model"
-            what = f"out of memory on {self.device} with batches of {self.batch_size} images"
-            raise MemoryError(f"{what}: {way_out}") from error
+            what = f"out of memory on {self.device} with batches of {self.batch_size} images: {way_out}"
+            raise MemoryError(what) from error
 
 
 @contextmanager
@@ -678,7 +659,7 @@ def _evaluation(model):
             module.training = True
 
 
-def predict(model: nn.Module, data_loader: Iterable, device: torch.device, *, tta: bool = False):
+def predict(model, data_loader, device, *, tta=False):
     """The logits (float N×10) and labels (int64 N) of all batches of `data_loader`, in its order, on the CPU.
 
     Raises ValueError if the logits are not finite.
@@ -686,12 +667,10 @@ def predict(model: nn.Module, data_loader: Iterable, device: torch.device, *, tt
     device, results = _to_device(model, device), []
     with _evaluation(model), _Pass("Predict", model, data_loader, device, progress=False) as batches:
         for images, labels in batches:
-            logits = _logits(model, images, tta)
-            batches.check(logits)
-            results.append((logits, labels))
+            results.append((_logits(model, images, tta), labels))
+            batches.check(results[-1][0])
     logits, labels = (torch.cat(parts).cpu() for parts in zip(*results, strict=True))
-    if not logits.isfinite().all():
-        raise ValueError("model: its logits are not finite, so its weights or the images are damaged")
+    _require(logits.isfinite().all(), "logits", "NaN or infinity", "a model with sound weights, and sound images,")
     return logits, labels
 
 
@@ -715,7 +694,7 @@ test_cnn.__test__ = False  # not one of pytest's, even if a test file imports ev
 # --- Other optimizers, and float16 -----------------------------------------------------------------------------------
 
 
-def get_sgd_optimizer(model: nn.Module, lr: float = _PEAK_LR, momentum: float = _SGD_MOMENTUM) -> torch.optim.SGD:
+def get_sgd_optimizer(model, lr=_PEAK_LR, momentum=_SGD_MOMENTUM):
     """`torch.optim.SGD` with Nesterov momentum and weight decay 5e-4; `lr` is the peak of `start_cnn`'s schedule."""
     float16 = _precision(get_available_device()) is torch.float16  # then a fused step lets no scaler make the host wait
     settings = {"momentum": momentum, "nesterov": momentum > 0, "weight_decay": _WEIGHT_DECAY, "fused": float16}
@@ -757,19 +736,20 @@ class _Run:
     """A run of `start_cnn`: what it trains with, what has come of it so far, and how that is kept."""
 
     def __init__(self, model, optimizer, loss_fn, data_loader, device, epochs, target_accuracy, path, progress):
-        _require(path is None or not Path(path).is_dir(), "checkpoint_path", str(path), "a file, not a folder,")
         for loader in data_loader:
-            _require(isinstance(loader, Iterable), "data_loader", loader, _NEEDED[Iterable], TypeError)
+            _require(isinstance(loader, Iterable), "data_loader", loader, "an iterable of batches", TypeError)
+        _require(path is None or not Path(path).is_dir(), "checkpoint_path", str(path), "a file, not a folder,")
         self.model, self.optimizer, self.loss_fn, self.device = model, optimizer, loss_fn, device
         self.epochs, self.target_accuracy, self.progress = int(epochs), target_accuracy, progress
-        self.path = None if path is None else Path(path)
+        self.path, self.history, self.initial = path and Path(path), History(), copy.deepcopy(model.state_dict())
+        self.best = {}  # the weights of the best epoch
         # an iterator has its batches only once
         loaders = [list(loader) if isinstance(loader, Iterator) else loader for loader in data_loader]
         self.train_loader, self.test_loader = loaders
-        self.parts = [part for loader in loaders for part in _parts_of(loader)]
+        names = "dataset", "sampler", "batch_sampler"
+        self.parts = [getattr(loader, name, None) for loader in loaders for name in names]
+        self.parts += [*loaders, *(getattr(part, "sampler", None) for part in self.parts)]
         self.suffix = next((part.suffix for part in self.parts if hasattr(part, "suffix")), "")
-        self.history, self.best = History(), {}  # the weights of the best epoch
-        self.initial = copy.deepcopy(model.state_dict())
 
     @contextmanager
     def surviving(self):
@@ -791,13 +771,11 @@ class _Run:
         fits = fits and not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
         _require(fits, "scheduler", scheduler, "one of this optimizer, to step after every batch,")
         _require(not resume or self.path, "resume", resume, "a checkpoint_path to continue from")
-        _check_optimizer(self.optimizer, self.model)
-        _dry_run(self.model, self.test_loader, self.device)
+        self.dry_run()
         num_batches = length_hint(self.train_loader) or sum(1 for _ in self.train_loader)
         rates = [float(group.get("initial_lr", group["lr"])) for group in self.optimizer.param_groups]
         self.scheduler = scheduler or _triangular_schedule(self.optimizer, max(1, self.epochs * num_batches))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=_precision(self.device) is torch.float16)
-        self.random_states = _random_states(self.parts)
         self.components = {name: getattr(self, name) for name in ("model", "optimizer", "scheduler", "scaler")}
         self.fingerprint = {name: type(component).__name__ for name, component in self.components.items()} | {
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
@@ -812,7 +790,37 @@ class _Run:
             self.save()  # an interrupt in the first epoch can be resumed from, too
         if resume and self.progress:
             print(f"{self.path}: {len(self.history.test)} of {self.epochs} epochs are done{self.suffix}")
-        _set_epoch(self.parts, len(self.history.test))
+        self.set_epoch(len(self.history.test))
+
+    def dry_run(self):
+        """Run one test batch now, so that a bad loader or model fails before training."""
+        first = islice(self.test_loader, 1)
+        with _evaluation(self.model), _Pass("Test", self.model, first, self.device, False, self.optimizer) as batches:
+            for images, _ in batches:
+                try:
+                    batches.check(_logits(self.model, images, tta=False))
+                except (AttributeError, IndexError, TypeError) as error:
+                    what = f"model: cannot take images of {tuple(images.shape)}: {_first_line(error)}"
+                    raise ValueError(what) from error
+
+    def set_epoch(self, epoch):
+        """Tell the number of the next epoch, from 0, to each part of the loaders with `set_epoch`, as torch's have."""
+        for part in self.parts:
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+
+    def random_states(self):
+        """How to get and how to set the state of every random generator: the global ones, those of the loaders."""
+        states = {
+            "python": (random.getstate, random.setstate),
+            "numpy": (np.random.get_state, np.random.set_state),
+            "torch": (torch.get_rng_state, torch.set_rng_state),
+            "cuda": (torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all),  # of no device if there is none
+        }
+        if torch.backends.mps.is_available():
+            states["mps"] = torch.mps.get_rng_state, torch.mps.set_rng_state
+        own = [part.generator for part in self.parts if isinstance(getattr(part, "generator", None), torch.Generator)]
+        return states | {f"loader {i}": (each.get_state, each.set_state) for i, each in enumerate(dict.fromkeys(own))}
 
     def outcome(self):
         """How the run has ended, None if it has not."""
@@ -834,7 +842,7 @@ class _Run:
             record, best = (test.accuracy, len(history.test) + 1), copy.deepcopy(self.model.state_dict())
         history = History([*history.train, train], [*history.test, test], "completed", *record)
         self.history, self.best = history, best  # in one statement, which no interrupt parts
-        _set_epoch(self.parts, len(history.test))
+        self.set_epoch(len(history.test))
         if self.path:
             self.save()
 
@@ -856,7 +864,7 @@ class _Run:
             "fingerprint": self.fingerprint,
             "history": asdict(self.history),
             "best": self.best,
-            "random": {name: get_state() for name, (get_state, _) in self.random_states.items()},
+            "random": {name: get_state() for name, (get_state, _) in self.random_states().items()},
         }
         try:
             _write(_plain(content), self.path)
@@ -882,8 +890,8 @@ class _Run:
                 if content[name] != {}:  # as a scaler's is if the run had no need of one
                     component.load_state_dict(content[name])
             results = {phase: [EpochResult(**one) for one in content["history"][phase]] for phase in ("train", "test")}
-            for name, (_, set_state) in self.random_states.items():
-                if name in content["random"] or name not in ("cuda", "mps"):  # the machine before may have had none
+            for name, (_, set_state) in self.random_states().items():
+                if name in content["random"] or name != "mps":  # the machine before may have had none
                     set_state(content["random"][name])
             self.history, self.best = History(**content["history"] | results), content["best"]
         except Exception as error:  # what is in a foreign file can fail in any way
@@ -892,55 +900,12 @@ class _Run:
             raise ValueError(str(error) if str(self.path) in str(error) else why) from error
 
 
-def _dry_run(model, test_loader, device):
-    """Run one test batch now, so that a bad loader or model fails before training."""
-    first = islice(test_loader, 1)
-    with _evaluation(model), _Pass("Test", model, first, device, progress=False) as batches:
-        for images, _ in batches:
-            try:
-                logits = _logits(model, images, tta=False)
-            except (AttributeError, IndexError, TypeError) as error:
-                raise ValueError(f"model: cannot take images of {tuple(images.shape)}: {_first_line(error)}") from error
-            batches.check(logits)
-
-
-def _parts_of(loader):
-    """`loader` and what it is made of, as far as it says."""
-    parts = [loader, *(getattr(loader, name, None) for name in ("dataset", "sampler", "batch_sampler"))]
-    return [*parts, getattr(parts[-1], "sampler", None)]
-
-
-def _set_epoch(parts, epoch):
-    """Tell the number of the next epoch, from 0, to each of a loader's `parts` with `set_epoch`, torch's convention."""
-    for part in parts:
-        if hasattr(part, "set_epoch"):
-            part.set_epoch(epoch)
-
-
-def _random_states(parts):
-    """How to get and how to set the state of every random generator: the global ones, those of a loader's `parts`."""
-    states = {
-        "python": (random.getstate, random.setstate),
-        "numpy": (np.random.get_state, np.random.set_state),
-        "torch": (torch.get_rng_state, torch.set_rng_state),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all
-    if torch.backends.mps.is_available():
-        states["mps"] = torch.mps.get_rng_state, torch.mps.set_rng_state
-    own = dict.fromkeys(
-        part.generator for part in parts if isinstance(getattr(part, "generator", None), torch.Generator)
-    )
-    return states | {f"loader {i}": (generator.get_state, generator.set_state) for i, generator in enumerate(own)}
-
-
-def seed_everything(seed: int = SEED, deterministic: bool = False) -> None:
+def seed_everything(seed=SEED, deterministic=False):
     """Seed Python's, NumPy's and torch's random generators.
 
     `deterministic` also has torch choose algorithms that give the same bits on every run, some of them slower, for the
     rest of the process (https://pytorch.org/docs/stable/notes/randomness.html). On CUDA call it before anything else.
     """
-    _check_number("seed", seed, int, 0, 2**32 - 1)  # which is all that NumPy takes
     random.seed(int(seed))
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -953,7 +918,7 @@ def seed_everything(seed: int = SEED, deterministic: bool = False) -> None:
 # --- Checkpoints and weights -----------------------------------------------------------------------------------------
 
 
-def save_model(model: nn.Module, path: os.PathLike | str) -> None:
+def save_model(model, path):
     """Save the weights of `model` to `path`, for `load_model`; a missing folder is made.
 
     They are written beside it and renamed when whole, so that a file of that name is never half written.
@@ -961,7 +926,7 @@ def save_model(model: nn.Module, path: os.PathLike | str) -> None:
     _write(model.state_dict(), path)
 
 
-def load_model(model: nn.Module, path: os.PathLike | str, device: torch.device | None = None) -> nn.Module:
+def load_model(model, path, device=None):
     """Load the weights saved at `path` into `model`, move it to `device` (default: leave it where it is), return it.
 
     Raises FileNotFoundError if there is no file, ValueError if it holds anything but sound weights of this model.
@@ -986,13 +951,12 @@ def _require_no_nan(weights, path):
             raise ValueError(f"{path}: holds damaged weights ({name} has NaN)")
 
 
-def get_drive_path(folder: str, filename: str) -> str:
+def get_drive_path(folder, filename):
     """The path of `filename` on Google Drive, as seen from Colab once the Drive is mounted; warns if it is not."""
     if not os.path.ismount("/content/gdrive"):
+        mount = "from google.colab import drive; drive.mount('/content/gdrive')"
         warnings.warn(
-            "Google Drive is not mounted: what is saved there is lost with this machine. In Colab, run first: "
-            "from google.colab import drive; drive.mount('/content/gdrive')",
-            stacklevel=3,
+            f"Google Drive is not mounted, what is saved there gets lost. In Colab, run: {mount}", stacklevel=3
         )
     return f"/content/gdrive/My Drive/Colab Notebooks/EVA4/{folder}/{filename}"
 
@@ -1055,9 +1019,7 @@ class _ArrayDataset(Dataset):
         return self.transform(self.data[index]), self.targets[index]
 
 
-def get_cifar10_dataset(
-    mean=CIFAR10_MEAN, std=CIFAR10_STD, *, root: os.PathLike | str = "./data", download: bool = True
-) -> tuple[Dataset, Dataset]:
+def get_cifar10_dataset(mean=CIFAR10_MEAN, std=CIFAR10_STD, *, root="./data", download=True):
     """CIFAR-10 as `(train, test)` datasets of `(float tensor 3×32×32 normalised with mean and std, int label)`.
 
     `root` holds torchvision's `cifar-10-batches-py`, or its archive, or image folders `train/<class>/*` and
@@ -1215,9 +1177,7 @@ _SHAPES = {  # inside or outside, for coordinates u to the right and v downward 
 }
 
 
-def get_synthetic_dataset(
-    num_train: int = 5000, num_test: int = 1000, *, seed: int = SEED, mean=CIFAR10_MEAN, std=CIFAR10_STD
-) -> tuple[Dataset, Dataset]:
+def get_synthetic_dataset(num_train=5000, num_test=1000, *, seed=SEED, mean=CIFAR10_MEAN, std=CIFAR10_STD):
     """`(train, test)` datasets like those of `get_cifar10_dataset`, of drawn pictures: no network, no disk needed.
 
     Ten classes of shape in any colour, place and size, lighter or darker than a shaded background, under noise: a small
@@ -1250,13 +1210,13 @@ _ARCHIVE, _ARCHIVE_MD5, _ARCHIVE_SIZE = "cifar-10-python.tar.gz", "c58f30108f718
 _BATCHES = "cifar-10-batches-py"  # the folder in that archive
 
 
-def download_cifar10(root: os.PathLike | str = "./data", *, mirrors=CIFAR10_MIRRORS) -> Path:
+def download_cifar10(root="./data", *, mirrors=CIFAR10_MIRRORS):
     """Make sure that `root` holds CIFAR-10 as published, and return the `Path` of its `cifar-10-batches-py` folder.
 
     A copy already there is verified and used; an archive in a folder that cannot be written is unpacked into the
     machine's temporary one. Otherwise the archive (170 MB) is fetched from the first of the `mirrors` that delivers it,
-    and its md5 checked; what was received before a break is continued, also by the next call. A source that stalls or
-    crawls is left for the next one. Several processes may ask at once: one fetches, the others wait for it.
+    and its md5 checked. A source that stalls or crawls is left for the next one; what was received is continued, also
+    by the next call. Of several processes one fetches, the others wait for it.
 
     Raises ConnectionError naming each source with its reason, ValueError if a folder of that name holds something else,
     OSError if the disk is full or `root` cannot be written.
@@ -1368,13 +1328,9 @@ def _attempts(mirrors, crawling, doubtful, kept, again, speed):
     Each of the `mirrors`, then those found `crawling`, the fastest first. Then the `doubtful` ones, whose bytes did not
     fit those `kept` from before, which may be at fault: `again`, from nothing.
     """
-    for part, urls in ((kept, mirrors), (again, doubtful)):
-        for url in urls:
-            yield url, part, speed
-        while crawling:
-            url = max(crawling, key=crawling.get)
-            del crawling[url]
-            yield url, part, 0
+    yield from ((url, kept, speed) for url in mirrors)
+    yield from ((url, kept, 0) for url in sorted(crawling, key=crawling.get, reverse=True))
+    yield from ((url, again, 0) for url in doubtful)
 
 
 def _fetch(url, part, have, timeout, speed, window):
@@ -1412,7 +1368,7 @@ def _fetch(url, part, have, timeout, speed, window):
 # --- Summary ---------------------------------------------------------------------------------------------------------
 
 
-def count_parameters(model: nn.Module) -> int:
+def count_parameters(model):
     """The number of trainable parameters of `model`, each counted once."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
@@ -1420,27 +1376,25 @@ def count_parameters(model: nn.Module) -> int:
 _COLUMNS = ("layer", "kernel_size", "stride", "dilation", "output_size", "jump", "receptive_field")
 
 
-def receptive_field(model: nn.Module, input_size=(3, 32, 32)) -> list[dict]:
+def receptive_field(model, input_size=(3, 32, 32)):
     """How the view of one output cell on the input grows: a list of rows, the last one's `receptive_field` the total.
 
-    There is a row for each step that moves or widens the view, in the order in which they run: `layer` (the module's
-    name in the model, or the function's), `kernel_size`, `stride`, `dilation`, `output_size` (side of its output),
-    `jump` (input pixels between two neighbouring cells of its output) and `receptive_field` (input pixels that a cell
-    sees). Sizes are sides in pixels, an int, or `(height, width)` if the two differ. Global pooling and flattening see
-    all that is left of the image, whose size `input_size` = (channels, height, width) gives. Where branches meet, the
-    larger view counts. A step that cannot be followed is named in a warning.
+    A row for each step that moves or widens the view, in the order in which they run: `layer` (the module's name in the
+    model, or the function's), `kernel_size`, `stride`, `dilation`, `output_size`, `jump` (input pixels between two
+    neighbouring cells of the output) and `receptive_field` (input pixels that a cell sees): sides in pixels, or
+    `(height, width)` if the two differ. Global pooling and flattening see all of an image of `input_size` = (channels,
+    height, width). Where branches meet, the larger view counts. What cannot be followed is named in a warning.
 
     The arithmetic is that of Araujo, Norris and Sim, https://distill.pub/2019/computing-receptive-fields.
     """
-    _require_input_size(input_size)
-    model, images = _cpu_copy(model), torch.zeros(1, *input_size)
+    model, images = _cpu_copy(model, input_size), torch.zeros(1, *input_size)
     images.seen = np.array([(1, 1), (1, 1), input_size[1:]])
     tracer = _ViewTracer(model)
     with torch.no_grad(), tracer:
         output = model(images)
     seen = (output if isinstance(output, torch.Tensor) else output[0]).seen
-    if tracer.rows and tracer.rows[-1]["receptive_field"] != _side(seen[0]):  # another branch ran last
-        tracer.add_row("output", 1, 1, 1, *seen[::-1])
+    if tracer.rows and (seen[0] != tracer.field).any():  # another branch ran last
+        tracer.add_row("output", 1, 1, 1, *seen)
     return tracer.rows
 
 
@@ -1498,28 +1452,27 @@ class _ViewTracer(TorchFunctionMode):
             warnings.warn(f"the receptive field leaves out {layer}, which it cannot follow", stacklevel=2)
         seen = np.array([field + (kernel - 1) * dilation * jump, jump * stride, new_size])
         if kernel.max() > 1 or stride.max() > 1:
-            self.add_row(layer, kernel, stride, dilation, *seen[::-1])
+            self.add_row(layer, kernel, stride, dilation, *seen)
         return seen
 
-    def add_row(self, layer, *sizes):
-        self.rows.append(dict(zip(_COLUMNS, [layer, *map(_side, sizes)], strict=True)))
+    def add_row(self, layer, kernel, stride, dilation, field, jump, size):
+        self.field, pairs = (
+            field,
+            [np.broadcast_to(one, 2).tolist() for one in (kernel, stride, dilation, size, jump, field)],
+        )
+        sides = [height if height == width else (height, width) for height, width in pairs]
+        self.rows.append(dict(zip(_COLUMNS, [layer, *sides], strict=True)))
 
 
-def _side(size):
-    """(height, width) as an int if the two are the same."""
-    height, width = np.broadcast_to(size, 2).tolist()
-    return height if height == width else (height, width)
-
-
-def model_summary(model: nn.Module, input_size, device=None) -> None:
+def model_summary(model, input_size, device=None):
     """Print torchsummary's table of `model`, its parameter count and its receptive field, layer by layer.
 
     `input_size` is (channels, height, width). The model, its mode, its buffers and the random state stay as they are:
     all is computed on a copy on the CPU, whatever the `device`, which older notebooks pass.
     """
-    _require_input_size(input_size)
+    copied = _cpu_copy(model, input_size)
     with torch.random.fork_rng(devices=[]):  # torchsummary draws a random input
-        torchsummary.summary(_cpu_copy(model), tuple(input_size), device="cpu")
+        torchsummary.summary(copied, tuple(input_size), device="cpu")
     total = sum(parameter.numel() for parameter in model.parameters())
     print(f"Parameters: {total:,}, of them trainable: {count_parameters(model):,}")
     rows = receptive_field(model, input_size)
@@ -1528,15 +1481,20 @@ def model_summary(model: nn.Module, input_size, device=None) -> None:
     print(f"Receptive field: {rows[-1]['receptive_field'] if rows else 1}")
 
 
-def _cpu_copy(model):
-    """A float32 copy of `model` on the CPU, in eval mode."""
+def _cpu_copy(model, input_size):
+    """A float32 copy of `model` on the CPU, in eval mode; raises unless `input_size` is (channels, height, width)."""
+    needed = "(channels, height, width)"
+    _require(isinstance(input_size, (tuple, list)), "input_size", input_size, needed, TypeError)
+    _require(len(input_size) == 3, "input_size", input_size, needed)
+    for number in input_size:
+        _number(int)("input_size", number)
     return copy.deepcopy(model).cpu().float().eval()
 
 
 # --- Plots -----------------------------------------------------------------------------------------------------------
 
 
-def show_images(images, labels, classes, *, columns: int = 8, mean=CIFAR10_MEAN, std=CIFAR10_STD) -> Figure:
+def show_images(images, labels, classes, *, columns=8, mean=CIFAR10_MEAN, std=CIFAR10_STD):
     """A matplotlib `Figure` of all `images`, each under the name of its class.
 
     `images` are uint8 N×H×W×3, or float N×3×H×W normalised with `mean` and `std`; `labels` index `classes`.
@@ -1545,9 +1503,7 @@ def show_images(images, labels, classes, *, columns: int = 8, mean=CIFAR10_MEAN,
     return _grid(images, [classes[label] for label in labels], columns, mean, std)
 
 
-def show_misclassified(
-    images, labels, logits, classes, *, count: int = 16, columns: int = 8, mean=CIFAR10_MEAN, std=CIFAR10_STD
-) -> Figure:
+def show_misclassified(images, labels, logits, classes, *, count=16, columns=8, mean=CIFAR10_MEAN, std=CIFAR10_STD):
     """A `Figure` of the `count` images that the model is most confidently wrong about, the surest first.
 
     `images` and `labels` as for `show_images`; `logits` N×10 as `predict` returns them, in the same order.
@@ -1590,7 +1546,7 @@ def _grid(images, titles, columns, mean, std):
 _COLOURS = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"  # of Okabe and Ito
 
 
-def plot_history(history) -> Figure:
+def plot_history(history):
     """A `Figure` of accuracy and loss by epoch, test solid and train dotted.
 
     `history` is a `History`, or a dict of them by name to compare, each in a colour that the colour-blind tell apart.
@@ -1614,7 +1570,7 @@ def plot_history(history) -> Figure:
     return figure
 
 
-def plot_confusion_matrix(labels, predictions, classes) -> Figure:
+def plot_confusion_matrix(labels, predictions, classes):
     """A `Figure` of how many images of each class (row) were taken for each class (column)."""
     counts = _confusion(labels, predictions, classes)
     figure, axis = plt.subplots(figsize=(7, 6.5), layout="constrained")
@@ -1629,7 +1585,7 @@ def plot_confusion_matrix(labels, predictions, classes) -> Figure:
     return figure
 
 
-def per_class_accuracy(labels, predictions, classes) -> dict[str, float]:
+def per_class_accuracy(labels, predictions, classes):
     """The accuracy in percent on each class, a dict by class name; NaN for a class without images."""
     counts = _confusion(labels, predictions, classes)
     totals = counts.sum(1)
@@ -1646,49 +1602,6 @@ def _confusion(labels, predictions, classes):
 # --- Argument checks -------------------------------------------------------------------------------------------------
 
 
-_RANGES = {  # of numbers, by argument
-    **dict.fromkeys(("batch_size", "columns", "count", "epochs", "fm_size", "num_train", "num_test"), (1, math.inf)),
-    **dict.fromkeys(("momentum", "label_smoothing"), (0, 1)),
-    "target_accuracy": (0, 100),
-    "lr": (sys.float_info.min, math.inf),
-    "seed": (0, 2**63 - 1),
-}
-_NEEDED = {  # of other arguments, by annotation
-    bool: "True or False",
-    str: "a name",
-    os.PathLike: "a path",
-    tuple: "a pair (train, test)",
-    Iterable: "an iterable of batches",
-    Callable: "a function of logits and labels",
-    nn.Module: "a torch.nn.Module (an instance, not its class)",
-    torch.optim.Optimizer: "a torch.optim.Optimizer",
-}
-
-
-def _checked(function):
-    """`function`, raising TypeError or ValueError unless its arguments fit their annotations and `_RANGES`."""
-    signature = inspect.signature(function)
-
-    @functools.wraps(function)
-    def wrapper(*args, **kwargs):
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
-            kind, *others = typing.get_args(signature.parameters[name].annotation) or [
-                signature.parameters[name].annotation
-            ]
-            if value is None and type(None) in others:
-                continue
-            if kind in (int, float):
-                _check_number(name, value, kind, *_RANGES[name])
-            elif kind is torch.device:
-                _usable_device(value)
-            elif kind in _NEEDED:
-                fits = isinstance(value, (kind, *others)) and not (kind is Callable and isinstance(value, type))
-                _require(fits and (kind is not tuple or len(value) == 2), name, value, _NEEDED[kind], TypeError)
-        return function(*args, **kwargs)
-
-    return wrapper
-
-
 def _require(fits, name, value, needed, error=ValueError):
     """Unless the argument `name` `fits`, raise `error` naming it, its value and what is `needed`, in one line."""
     if not fits:
@@ -1696,22 +1609,31 @@ def _require(fits, name, value, needed, error=ValueError):
         raise error(f"{name}={text if len(text) < 80 else type(value).__name__}: {needed} is needed")
 
 
-def _check_number(name, value, kind, low=1, high=math.inf):
-    """Raise ValueError unless `value` is a finite number from `low` to `high`; a whole one if `kind` is int."""
+def _must(fits, needed, error=TypeError):
+    """A check that raises `error` unless an argument `fits`."""
+    return lambda name, value: _require(fits(value), name, value, needed, error)
+
+
+def _kind(kinds, needed):
+    """A check for an instance of one of these `kinds`."""
+    return _must(lambda value: isinstance(value, kinds), needed)
+
+
+def _number(kind, low=1, high=math.inf):
+    """A check for a finite number from `low` to `high`, a whole one if `kind` is int."""
     kinds = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
-    fits = isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= min(high, sys.float_info.max)
+    most = min(high, sys.float_info.max)
     bounds = f"{'above 0' if low == sys.float_info.min else f'from {low}'}{f' to {high}' if high < math.inf else ''}"
-    _require(fits, name, value, f"a {'whole' if kind is int else 'finite'} number {bounds}")
+    fits = lambda value: isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= most  # noqa: E731
+    return _must(fits, f"a {'whole' if kind is int else 'finite'} number {bounds}", ValueError)
 
 
-def _usable_device(device):
-    """`device` as a `torch.device`; raises ValueError unless this machine can compute on it."""
+def _check_device(name, device):
+    """Raise ValueError unless this machine can compute on `device`."""
     try:
-        found = torch.device(device)
-        torch.zeros(1, device=found).tolist()
+        torch.zeros(1, device=torch.device(device)).tolist()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:
-        raise ValueError(f"device={device!r}: a device of this machine is needed ({_first_line(error)})") from error
-    return found
+        raise ValueError(f"{name}={device!r}: a device of this machine is needed ({_first_line(error)})") from error
 
 
 def _check_images(model, inputs):
@@ -1719,21 +1641,6 @@ def _check_images(model, inputs):
     shape = tuple(inputs[0].shape) if isinstance(inputs[0], torch.Tensor) else (1, 3, 16, 16)  # a tracer's stand-in
     fits = len(shape) == 4 and shape[1] == 3 and min(shape[2:]) >= 16
     _require(fits, "shape of images", shape, "N×3×H×W with sides of 16 or more")
-
-
-def _require_input_size(size):
-    """Raise unless `size` is (channels, height, width)."""
-    _require(isinstance(size, (tuple, list)), "input_size", size, "(channels, height, width)", TypeError)
-    _require(len(size) == 3, "input_size", size, "(channels, height, width)")
-    for number in size:
-        _check_number("input_size", number, int)
-
-
-def _check_optimizer(optimizer, model):
-    """Raise ValueError unless `optimizer` moves parameters of `model`, and needs no closure for that."""
-    _require(not isinstance(optimizer, torch.optim.LBFGS), "optimizer", optimizer, "one whose step needs no closure")
-    moved = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    _require(moved.intersection(model.parameters()), "optimizer", optimizer, "one made for this model")
 
 
 def _number_of(name, values):
@@ -1762,6 +1669,45 @@ def _as_labels(name, labels, number, classes):
 def _first_line(error):
     """The first line of an error's text: torch's go on for pages."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+_PAIR = _must(lambda value: isinstance(value, (tuple, list)) and len(value) == 2, "a pair (train, test)")
+_CHECKS = {  # of arguments, by name, which means the same in every function; first those of one function
+    "model_summary.device": lambda name, value: None,
+    "seed_everything.seed": _number(int, 0, 2**32 - 1),
+    "start_cnn.data_loader": _PAIR,
+    **dict.fromkeys(("batch_size", "columns", "count", "epochs", "fm_size", "num_train", "num_test"), _number(int)),
+    "seed": _number(int, 0, 2**63 - 1),
+    "lr": _number(float, sys.float_info.min),
+    **dict.fromkeys(("momentum", "label_smoothing"), _number(float, 0, 1)),
+    "target_accuracy": _number(float, 0, 100),
+    **dict.fromkeys(
+        ("augment", "deterministic", "download", "progress", "resume", "tta"), _kind((bool, np.bool_), "True or False")
+    ),
+    **dict.fromkeys(("path", "checkpoint_path", "root"), _kind((str, os.PathLike), "a path")),
+    **dict.fromkeys(("folder", "filename"), _kind(str, "a name")),
+    "model": _kind(nn.Module, "a torch.nn.Module (an instance, not its class)"),
+    "optimizer": _kind(torch.optim.Optimizer, "a torch.optim.Optimizer"),
+    "loss_fn": _must(lambda value: callable(value) and not isinstance(value, type), "a function of logits and labels"),
+    "data_loader": _kind(Iterable, "an iterable of batches"),
+    "dataset": _PAIR,
+    "device": _check_device,
+}
+
+
+def _checked(function):
+    """`function`, its arguments checked; None passes where it is the default."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            check = _CHECKS.get(f"{function.__name__}.{name}") or _CHECKS.get(name)
+            if check and (value is not None or signature.parameters[name].default is not None):
+                check(name, value)
+        return function(*args, **kwargs)
+
+    return wrapper
 
 
 for _name in __all__:  # every public function
@@ -1810,12 +1756,12 @@ def _parse(arguments):
     if options.epochs is None and options.target is None:
         options.target = 80.0
     options.epochs = 1 if options.epochs is None else options.epochs
-    limits = {"epochs": (int,), "batch_size": (int,), "seed": (int, 0, 2**32 - 1), "target": (float, 1, 100)}
+    checks = {name: _CHECKS[name] for name in ("epochs", "batch_size", "device")}
+    checks |= {"seed": _CHECKS["seed_everything.seed"], "target": _number(float, 1, 100)}
     try:
-        for name in limits:
+        for name, check in checks.items():
             if getattr(options, name) is not None:
-                _check_number(f"--{name.replace('_', '-')}", getattr(options, name), *limits[name])
-        options.device = options.device and _usable_device(options.device)
+                check(f"--{name.replace('_', '-')}", getattr(options, name))
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -1838,7 +1784,7 @@ def _main(arguments=None):
 
 
 def _dataset(options):
-    """The data that the options ask for; where they ask for none and CIFAR-10 is not to be had, drawn pictures."""
+    """The data that the options ask for; if they ask for none and CIFAR-10 is unavailable, drawn pictures."""
     if options.synthetic:
         return get_synthetic_dataset()
     try:
@@ -1853,7 +1799,8 @@ def _dataset(options):
 def _train(name, dataset, options):
     """Train one model as the options say and print how it ended; 0 where that is as announced, else 1."""
     seed_everything(options.seed)
-    model, device, title = MODELS[name](), options.device or get_available_device(), name + dataset[0].suffix
+    model, device = MODELS[name](), torch.device(options.device or get_available_device())
+    title = name + dataset[0].suffix
     view = receptive_field(model)[-1]["receptive_field"]
     print(f"{title}: {count_parameters(model):,} parameters, receptive field {view}, on {device}")
     loaders = get_cifar10_data_loader(dataset, options.batch_size, device=device, seed=options.seed)

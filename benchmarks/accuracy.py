@@ -39,6 +39,11 @@ def _one_rate(model, get_optimizer=velasoka.get_muon_optimizer):
     return optimizer
 
 
+class _AlwaysShifted(velasoka._DeviceDataset):
+    def set_epoch(self, epoch):
+        pass
+
+
 KEYS = "epochs", "model", "without", "seed"  # what tells a run from the others
 WITHOUT = {  # what stands in for which parts of velasoka.py to leave a technique out
     "nothing": {},
@@ -48,7 +53,7 @@ WITHOUT = {  # what stands in for which parts of velasoka.py to leave a techniqu
     "fast-biases": {"get_muon_optimizer": _one_rate},
     "label-smoothing": {"get_ce_loss": nn.CrossEntropyLoss},
     "decay": {"_triangular_schedule": lambda optimizer, steps: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)},
-    "first-epoch-without-shifts": {"_set_epoch": lambda loader, epoch: None},
+    "first-epoch-unshifted": {"_DeviceDataset": _AlwaysShifted},
     "shifts": {"_MAX_SHIFT": 0},
 }
 

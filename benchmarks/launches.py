@@ -8,7 +8,6 @@ Counted are the operations that torch dispatches, views left out, in a step of `
 
 from collections import Counter
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import velasoka
