@@ -12,8 +12,6 @@ The shortest useful program::
     optimizer, loss_fn = velasoka.get_muon_optimizer(model), velasoka.get_ce_loss()
     history = velasoka.start_cnn(model, optimizer, loss_fn, data_loader, device, epochs=3)
 
-or, from a shell, ``python velasoka.py --help``.
-
 Part one is training, in the order in which an image meets it: device, models, loader, optimiser, loop. Part two makes
 it a library, one section for each concern; the arguments of every function are checked there. Accuracy is in percent.
 """
@@ -37,7 +35,7 @@ import time
 import urllib.request
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from http.client import HTTPException
 from itertools import cycle, islice
@@ -51,10 +49,10 @@ import torch.nn.functional as F
 import torchsummary
 from filelock import FileLock
 from torch import nn
+from torch.optim import lr_scheduler
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets, transforms
-from torchvision.datasets.folder import pil_loader
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -100,8 +98,8 @@ _MAX_SHIFT = 2  # pixels by which training images are moved; 4 was worse
 
 def get_available_device():
     """The fastest `torch.device` of this machine: cuda if there is one, else Apple's mps, else cpu."""
-    mps = "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device("cuda" if torch.cuda.is_available() else mps)
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return torch.device(next(name for name in available if available[name]))
 
 
 @functools.cache
@@ -116,9 +114,8 @@ def _precision(device):
 def _autocast(device):
     """Mixed precision for what runs inside: convolutions in `_precision(device)`, the sensitive rest in float32."""
     dtype = _precision(device)
-    if dtype is torch.float32:
-        return nullcontext()
-    return torch.autocast(device.type, dtype, cache_enabled=False)  # an interrupt could leave old weights in the cache
+    # without a cache of cast weights, in which an interrupt could leave old ones
+    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype, cache_enabled=False)
 
 
 # --- Models ----------------------------------------------------------------------------------------------------------
@@ -166,9 +163,8 @@ class DilatedModel(SimpleModel):
 
     def __init__(self, fm_size=32):
         super().__init__(fm_size)
-        self.c3 = _block(
-            _conv(4 * fm_size, 4 * fm_size, 3, dilation=2), _conv(4 * fm_size, 8 * fm_size, 2)
-        )  # 256×4×4, 40
+        width = 4 * fm_size
+        self.c3 = _block(_conv(width, width, 3, dilation=2), _conv(width, 2 * width, 2))  # 256×4×4, 40
 
 
 class DilatedDepthwiseModel(DilatedModel):
@@ -189,10 +185,7 @@ MODELS = {"simple": SimpleModel, "dilated": DilatedModel, "dilated-depthwise": D
 
 
 def _block(*stages):
-    """All stages, with a max-pool that halves the side before the last norm and ReLU.
-
-    They then process a quarter of the pixels, and accuracy rises (airbench). `ceil_mode` keeps an odd side's last row.
-    """
+    """All stages; a max-pool halves the side before the last norm and ReLU: faster, and more accurate (airbench)."""
     *layers, norm, relu = (layer for stage in stages for layer in stage)
     return nn.Sequential(*layers, nn.MaxPool2d(2, ceil_mode=True), norm, relu)
 
@@ -249,8 +242,7 @@ def get_cifar10_data_loader(dataset, batch_size=_BATCH_SIZE, *, device=None, aug
     for part, is_train in zip(dataset, (True, False), strict=True):
         generator = torch.Generator().manual_seed(seed)
         on_device = _DeviceDataset(*_arrays_of(part), device, augment and is_train, generator)
-        options = {"shuffle": is_train, "generator": generator, "collate_fn": tuple}  # a batch comes whole
-        loaders.append(DataLoader(on_device, int(batch_size), **options))
+        loaders.append(DataLoader(on_device, int(batch_size), is_train, generator=generator, collate_fn=tuple))
     return tuple(loaders)
 
 
@@ -262,11 +254,11 @@ class _DeviceDataset(Dataset):
         self.mean, self.std = (255 * mean).to(device), (255 * std).to(device)  # for pixels from 0 to 255
         self.suffix, self.augment, self.generator = suffix, augment, generator
         self.epoch = None  # unknown
-        height, width = images.shape[1:3]
-        shifts = torch.arange(-_MAX_SHIFT, _MAX_SHIFT + 1)[:, None]
-        columns = _reflect(shifts + torch.arange(width), width)
-        self.rows = _reflect(shifts + torch.arange(height), height).to(device)  # which pixels a shift shows, 5×H
-        self.columns = torch.cat([columns, columns.flip(1)]).to(device)  # the same and flipped, 10×W
+        rows, columns = (  # which pixels a shift shows, the border reflected: a row for each shift
+            torch.from_numpy(np.pad(np.arange(size), _MAX_SHIFT, mode="reflect")).unfold(0, size, 1)
+            for size in images.shape[1:3]
+        )
+        self.rows, self.columns = rows.to(device), torch.cat([columns, columns.flip(1)]).to(device)  # 5×H, 10×W
 
     def set_epoch(self, epoch):
         """Set the number of the next epoch, from 0, as for torch's samplers; in the first no image is shifted."""
@@ -280,7 +272,7 @@ class _DeviceDataset(Dataset):
         return tuple(part[0] for part in self.__getitems__([index]))
 
     def __getitems__(self, indices):
-        """A batch: images N×3×H×W, channels_last, and labels N."""
+        """A whole batch, nothing left to collate: images N×3×H×W, channels_last, and labels N."""
         shape = (len(indices),)
         down, across, flip = torch.full(shape, _MAX_SHIFT), torch.full(shape, _MAX_SHIFT), torch.zeros(shape).long()
         if self.augment and self.epoch != 0:
@@ -293,20 +285,14 @@ class _DeviceDataset(Dataset):
         return ((images - self.mean) / self.std).permute(0, 3, 1, 2), self.labels[index]
 
 
-def _reflect(position, size):
-    """Positions outside 0 … size − 1 reflected at the border, the border not repeated: −1 becomes 1."""
-    return size - 1 - (size - 1 - position.abs()).abs()
-
-
-# --- Optimizer, schedule, loss ---------------------------------------------------------------------------------------
+# --- Optimiser, schedule, loss ---------------------------------------------------------------------------------------
 
 
 def get_muon_optimizer(model, lr=_PEAK_LR):
     """Muon for the filters of dense convolutions at `lr`, SGD for all else, at rates in proportion to it.
 
-    `lr` is the peak of `start_cnn`'s schedule. The biases of batch norms, thresholds that each filter has to find, and
-    depthwise convolutions learn at 20 × `lr` (airbench has such biases learn faster too), all else at 2 × `lr`: the
-    last layer, and the whole of a model without convolutions. There is no weight decay.
+    `lr` is the peak of `start_cnn`'s schedule. The biases of batch norms, thresholds that each filter has to find (they
+    learn faster in airbench, too), and depthwise convolutions learn at 20 × `lr`, the last layer and all else at twice.
     """
     parameters = _trainable(model)
     convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
@@ -330,9 +316,8 @@ class _Muon(torch.optim.Optimizer):
 
     There the update of a filter bank, output channels × the rest, is orthogonalised: all its directions then learn at
     the same pace, rare ones too, which takes fewer epochs than steps that a few directions dominate. The bank keeps the
-    norm √(output channels), so `lr` sets the angle it turns by. From Jordan et al.,
-    https://kellerjordan.github.io/posts/muon, as used in airbench94_muon, https://github.com/KellerJordan/cifar10-airbench.
-    (`torch.optim.Muon` takes matrices only.)
+    norm √(output channels), so `lr` sets the angle it turns by. From Jordan et al., https://kellerjordan.github.io/posts/muon,
+    as in https://github.com/KellerJordan/cifar10-airbench. (`torch.optim.Muon` takes matrices only.)
     """
 
     _step_supports_amp_scaling = True  # `step` takes scaled gradients, so a `GradScaler` need not wait for the device
@@ -393,14 +378,11 @@ def _triangular_schedule(optimizer, steps):
     def factor(step):
         return max(0.0, min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1)))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def get_ce_loss(label_smoothing=_LABEL_SMOOTHING):
-    """Cross entropy of logits N×10 and labels N, the target's probability lowered to 1 − `label_smoothing`.
-
-    Label smoothing is from Szegedy et al., https://arxiv.org/abs/1512.00567.
-    """
+    """Cross entropy of logits N×10 and labels N with label smoothing, Szegedy et al., https://arxiv.org/abs/1512.00567."""
     return nn.CrossEntropyLoss(label_smoothing=label_smoothing)
 
 
@@ -438,8 +420,8 @@ def train_cnn(model, data_loader, loss_fn, optimizer, device, *, scheduler=None,
     Computes in the mixed precision that suits `device` and steps `scheduler`, if given, after every batch. If that is
     float16, pass the same `torch.amp.GradScaler` in each epoch (Micikevicius et al., https://arxiv.org/abs/1710.03740).
 
-    Raises FloatingPointError naming the batch from which on the loss was not finite, MemoryError naming the batch size
-    if memory is exhausted, TypeError or ValueError for batches or logits of another kind.
+    Raises FloatingPointError naming the first batch whose loss was not finite, MemoryError naming the batch size if
+    memory is exhausted, TypeError or ValueError for batches or logits of another kind.
     """
     device = _to_device(model, device)
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=_precision(device) is torch.float16)
@@ -469,8 +451,7 @@ def _to_device(model, device):
 def test_cnn(model, data_loader, device, *, tta=False, progress=True):
     """The `EpochResult` of `model` on any iterable of batches, its loss the plain cross entropy; trains nothing.
 
-    With `tta`, test-time augmentation, the logits are the mean over six views of each image. Raises FloatingPointError
-    if the loss is not finite.
+    With `tta`, the logits are the mean over six views of each image. FloatingPointError if the loss is not finite.
     """
     device = _to_device(model, device)
     with _evaluation(model), _Pass("Test", model, data_loader, device, progress) as batches:
@@ -479,6 +460,17 @@ def test_cnn(model, data_loader, device, *, tta=False, progress=True):
             batches.check(logits)
             batches.add(F.cross_entropy(logits, labels), logits, labels)
     return batches.result()
+
+
+def _logits(model, images, tta):
+    """The float32 logits of `images`; with `tta` their mean over six views (airbench): mirrored or not, 3 places."""
+    views = [images]
+    if tta:
+        padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+        views = [images, images, padded[..., :-2, :-2], padded[..., 2:, 2:]]  # unmoved counts double
+        views += [view.flip(-1) for view in views]
+    with _autocast(images.device):
+        return torch.stack([model(view).float() for view in views]).mean(0)
 
 
 def start_cnn(
@@ -499,9 +491,8 @@ def start_cnn(
 
     `data_loader` is `(train, test)`, both iterables of `(images N×3×H×W, labels N)` batches. `scheduler` is stepped
     after every batch; without one the learning rate warms up from nearly zero to the optimiser's own and falls back to
-    nearly zero at the last batch. A train loader's data set or sampler with a `set_epoch` is told each epoch; one of
-    `get_cifar10_data_loader` then shifts images from the second epoch on. An epoch that reaches `target_accuracy`
-    percent in the test is the last.
+    nearly zero at the last batch. What has torch's `set_epoch` in the loaders is told each epoch; so the train loader
+    of `get_cifar10_data_loader` shifts images from the second on. Training stops once a test reaches `target_accuracy`.
 
     After every epoch everything the run needs is written to `checkpoint_path`; with `resume` the run continues from
     there and ends as it would have without the break. An interrupt (Ctrl-C, the notebook's stop button) or a loss that
@@ -516,7 +507,8 @@ def start_cnn(
     with run.surviving():
         run.begin(scheduler, resume)
         while not run.outcome():
-            run.announce_epoch()
+            if progress:
+                print(f"\nEPOCH: {len(run.history.test) + 1}{run.suffix}")
             options = {"scheduler": run.scheduler, "scaler": run.scaler, "progress": progress}
             train = train_cnn(model, run.train_loader, loss_fn, optimizer, device, **options)
             test = test_cnn(model, run.test_loader, device, progress=progress)
@@ -528,12 +520,8 @@ def start_cnn(
 # --- A pass over a loader --------------------------------------------------------------------------------------------
 
 
-class _Pass:
-    """One pass over a loader: its batches, checked and on the device, a progress bar, and the counts of what came out.
-
-    Reading the counts makes the host wait for the device, so that is done twice a second only. As a context manager, it
-    turns running out of memory into a one-line MemoryError.
-    """
+class _Pass(AbstractContextManager):
+    """One pass over a loader: its batches, checked and on the device, a bar, the counts; out of memory in one line."""
 
     def __init__(self, phase, model, data_loader, device, progress, optimizer=None, scaler=None):
         self.phase, self.data_loader, self.device = phase, data_loader, device
@@ -542,8 +530,6 @@ class _Pass:
         if optimizer is not None:
             moved = {parameter for group in optimizer.param_groups for parameter in group["params"]}
             _require(moved.intersection(model.parameters()), "optimizer", optimizer, "one made for this model")
-            needs_closure = isinstance(optimizer, torch.optim.LBFGS)
-            _require(not needs_closure, "optimizer", optimizer, "one whose step needs no closure")
         dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
         self.layout = {"dtype": dtype, "memory_format": getattr(model, "memory_format", torch.contiguous_format)}
         self.num_batches = self.batch_size = self.max_label = 0  # batch size: of the last one; label: of all so far
@@ -597,7 +583,7 @@ class _Pass:
             scheduler.step()
 
     def add(self, loss, logits, labels):
-        """Count one batch, and read the counts if that was last done half a second ago."""
+        """Count one batch. The counts are read twice a second only, for that makes the host wait for the device."""
         numbers = [loss.detach(), (logits.argmax(1) == labels).sum()]
         if self.is_scaled:
             numbers.append(self.scaler._get_scale_async())  # the public method makes the host wait
@@ -634,9 +620,6 @@ class _Pass:
         seconds, accuracy = time.perf_counter() - self.start, 100 * self.correct / self.total
         return EpochResult(self.loss_sum / self.total, accuracy, self.correct, self.total, seconds)
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, kind, error, traceback):
         self.bar.close()
         text = "out of memory|ALLOC_FAILED|DefaultCPUAllocator"
@@ -660,38 +643,19 @@ def _evaluation(model):
 
 
 def predict(model, data_loader, device, *, tta=False):
-    """The logits (float N×10) and labels (int64 N) of all batches of `data_loader`, in its order, on the CPU.
-
-    Raises ValueError if the logits are not finite.
-    """
+    """The logits (float N×10) and labels (int64 N) of all batches in order, on the CPU; ValueError if not finite."""
     device, results = _to_device(model, device), []
     with _evaluation(model), _Pass("Predict", model, data_loader, device, progress=False) as batches:
         for images, labels in batches:
             results.append((_logits(model, images, tta), labels))
             batches.check(results[-1][0])
     logits, labels = (torch.cat(parts).cpu() for parts in zip(*results, strict=True))
-    _require(logits.isfinite().all(), "logits", "NaN or infinity", "a model with sound weights, and sound images,")
+    if not logits.isfinite().all():
+        raise ValueError("model: its logits are not finite, so its weights or the images are damaged")
     return logits, labels
 
 
-def _logits(model, images, tta):
-    """The float32 logits of `images`; with `tta` their mean over six views: mirrored or not, in three places.
-
-    The places are one pixel up left, one down right, and unmoved, which counts double (airbench).
-    """
-    views = [images]
-    if tta:
-        padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
-        views = [images, images, padded[..., :-2, :-2], padded[..., 2:, 2:]]
-        views += [view.flip(-1) for view in views]
-    with _autocast(images.device):
-        return torch.stack([model(view).float() for view in views]).mean(0)
-
-
-test_cnn.__test__ = False  # not one of pytest's, even if a test file imports everything from here
-
-
-# --- Other optimizers, and float16 -----------------------------------------------------------------------------------
+# --- Other optimisers, and float16 -----------------------------------------------------------------------------------
 
 
 def get_sgd_optimizer(model, lr=_PEAK_LR, momentum=_SGD_MOMENTUM):
@@ -723,7 +687,7 @@ def _unscaled(optimizer, gradients):
 
 
 def _trainable(model):
-    """The parameters of `model` that an optimizer moves."""
+    """The parameters of `model` that an optimiser moves."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _require(parameters, "model", model, "a model with trainable parameters")
     return parameters
@@ -743,8 +707,7 @@ class _Run:
         self.epochs, self.target_accuracy, self.progress = int(epochs), target_accuracy, progress
         self.path, self.history, self.initial = path and Path(path), History(), copy.deepcopy(model.state_dict())
         self.best = {}  # the weights of the best epoch
-        # an iterator has its batches only once
-        loaders = [list(loader) if isinstance(loader, Iterator) else loader for loader in data_loader]
+        loaders = [list(loader) if isinstance(loader, Iterator) else loader for loader in data_loader]  # to read again
         self.train_loader, self.test_loader = loaders
         names = "dataset", "sampler", "batch_sampler"
         self.parts = [getattr(loader, name, None) for loader in loaders for name in names]
@@ -753,37 +716,38 @@ class _Run:
 
     @contextmanager
     def surviving(self):
-        """An interrupt or a loss that is not finite ends what runs inside, with a warning and the best weights.
-
-        Inside, torch records gradients and casts nothing; afterwards it does what it did, whenever an interrupt came.
-        """
-        with torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
+        """An interrupt or a loss that is not finite ends what runs inside, with a warning and the best weights."""
+        with torch.enable_grad(), torch.autocast(self.device.type, enabled=False):  # an interrupt may leave these wrong
             try:
                 yield
                 self.history.status = self.outcome()
             except (KeyboardInterrupt, FloatingPointError, RuntimeError) as error:
-                self.stop_early(error)
+                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):  # which may stop first
+                    raise
+                diverged, why = isinstance(error, FloatingPointError), f": {_first_line(error)}" if str(error) else ""
+                self.history.status = "diverged" if diverged else "interrupted"
+                weights = self.best or (self.initial if diverged else None)
+                if weights:
+                    self.model.load_state_dict(weights)
+                why += "; try a lower learning rate" if diverged else ""
+                epoch = min(len(self.history.test) + 1, self.epochs)
+                warnings.warn(f"{self.history.status} in epoch {epoch} of {self.epochs}{why}", stacklevel=5)
 
     def begin(self, scheduler, resume):
         """Check what can be checked, make what is missing, and continue from the checkpoint if there is one."""
-        fits = scheduler is None or hasattr(scheduler, "step")
-        fits = fits and getattr(scheduler, "optimizer", self.optimizer) is self.optimizer
-        fits = fits and not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-        _require(fits, "scheduler", scheduler, "one of this optimizer, to step after every batch,")
+        is_own = getattr(scheduler, "optimizer", self.optimizer) is self.optimizer
+        fits = hasattr(scheduler, "step") and is_own and not isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
+        _require(scheduler is None or fits, "scheduler", scheduler, "one of this optimizer, to step after every batch,")
         _require(not resume or self.path, "resume", resume, "a checkpoint_path to continue from")
         self.dry_run()
         num_batches = length_hint(self.train_loader) or sum(1 for _ in self.train_loader)
-        rates = [float(group.get("initial_lr", group["lr"])) for group in self.optimizer.param_groups]
         self.scheduler = scheduler or _triangular_schedule(self.optimizer, max(1, self.epochs * num_batches))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=_precision(self.device) is torch.float16)
         self.components = {name: getattr(self, name) for name in ("model", "optimizer", "scheduler", "scaler")}
-        self.fingerprint = {name: type(component).__name__ for name, component in self.components.items()} | {
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "loss": type(self.loss_fn).__name__,
-            "learning rates": rates,
-            "epochs": self.epochs,
-            "batches": num_batches,
-        }
+        rates = [float(group.get("initial_lr", group["lr"])) for group in self.optimizer.param_groups]
+        self.fingerprint = {name: type(component).__name__ for name, component in self.components.items()}
+        self.fingerprint |= {"loss": type(self.loss_fn).__name__, "learning rates": rates, "batches": num_batches}
+        self.fingerprint |= {"epochs": self.epochs, "parameters": sum(map(torch.numel, self.model.parameters()))}
         if resume and self.path.exists():
             self.load()
         elif self.path and not self.path.exists():
@@ -797,11 +761,8 @@ class _Run:
         first = islice(self.test_loader, 1)
         with _evaluation(self.model), _Pass("Test", self.model, first, self.device, False, self.optimizer) as batches:
             for images, _ in batches:
-                try:
-                    batches.check(_logits(self.model, images, tta=False))
-                except (AttributeError, IndexError, TypeError) as error:
-                    what = f"model: cannot take images of {tuple(images.shape)}: {_first_line(error)}"
-                    raise ValueError(what) from error
+                with _autocast(self.device):
+                    batches.check(self.model(images))
 
     def set_epoch(self, epoch):
         """Tell the number of the next epoch, from 0, to each part of the loaders with `set_epoch`, as torch's have."""
@@ -829,43 +790,23 @@ class _Run:
             return "target reached"
         return "completed" if len(tests) >= self.epochs else None
 
-    def announce_epoch(self):
-        """Say which epoch comes."""
-        if self.progress:
-            print(f"\nEPOCH: {len(self.history.test) + 1}{self.suffix}")
-
     def record(self, train, test):
         """Keep the results of an epoch, its weights if they are the best so far, and all of it in the checkpoint."""
-        history, best = self.history, self.best
+        history, best, number = self.history, self.best, len(self.history.test) + 1
         record = history.best_accuracy, history.best_epoch
         if test.accuracy > history.best_accuracy or not best:
-            record, best = (test.accuracy, len(history.test) + 1), copy.deepcopy(self.model.state_dict())
+            record, best = (test.accuracy, number), copy.deepcopy(self.model.state_dict())
         history = History([*history.train, train], [*history.test, test], "completed", *record)
         self.history, self.best = history, best  # in one statement, which no interrupt parts
-        self.set_epoch(len(history.test))
+        self.set_epoch(number)
         if self.path:
             self.save()
 
-    def stop_early(self, error):
-        """Load the best weights and say why, if `error` is an interrupt or a loss that is not finite."""
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):  # these may be interrupted first
-            raise error
-        diverged, why = isinstance(error, FloatingPointError), f": {_first_line(error)}" if str(error) else ""
-        self.history.status = "diverged" if diverged else "interrupted"
-        weights = self.best or (self.initial if diverged else None)
-        if weights:
-            self.model.load_state_dict(weights)
-        epoch, way_out = min(len(self.history.test) + 1, self.epochs), "; try a lower learning rate" if diverged else ""
-        warnings.warn(f"{self.history.status} in epoch {epoch} of {self.epochs}{why}{way_out}", stacklevel=6)
-
     def save(self):
         """Write everything the run needs to continue."""
-        content = {name: component.state_dict() for name, component in self.components.items()} | {
-            "fingerprint": self.fingerprint,
-            "history": asdict(self.history),
-            "best": self.best,
-            "random": {name: get_state() for name, (get_state, _) in self.random_states().items()},
-        }
+        content = {name: component.state_dict() for name, component in self.components.items()}
+        content |= {"fingerprint": self.fingerprint, "history": asdict(self.history), "best": self.best}
+        content["random"] = {name: get_state() for name, (get_state, _) in self.random_states().items()}
         try:
             _write(_plain(content), self.path)
         except (OSError, AttributeError, TypeError, pickle.PicklingError) as error:  # also of a scheduler's state
@@ -903,8 +844,8 @@ class _Run:
 def seed_everything(seed=SEED, deterministic=False):
     """Seed Python's, NumPy's and torch's random generators.
 
-    `deterministic` also has torch choose algorithms that give the same bits on every run, some of them slower, for the
-    rest of the process (https://pytorch.org/docs/stable/notes/randomness.html). On CUDA call it before anything else.
+    `deterministic` also has torch choose algorithms that give the same bits on every run, some of them slower
+    (https://pytorch.org/docs/stable/notes/randomness.html). On CUDA call it before anything else.
     """
     random.seed(int(seed))
     np.random.seed(seed)
@@ -919,10 +860,7 @@ def seed_everything(seed=SEED, deterministic=False):
 
 
 def save_model(model, path):
-    """Save the weights of `model` to `path`, for `load_model`; a missing folder is made.
-
-    They are written beside it and renamed when whole, so that a file of that name is never half written.
-    """
+    """Save the weights of `model` to `path`, for `load_model`: written beside it and renamed, so never half a file."""
     _write(model.state_dict(), path)
 
 
@@ -955,9 +893,7 @@ def get_drive_path(folder, filename):
     """The path of `filename` on Google Drive, as seen from Colab once the Drive is mounted; warns if it is not."""
     if not os.path.ismount("/content/gdrive"):
         mount = "from google.colab import drive; drive.mount('/content/gdrive')"
-        warnings.warn(
-            f"Google Drive is not mounted, what is saved there gets lost. In Colab, run: {mount}", stacklevel=3
-        )
+        warnings.warn(f"Google Drive is not mounted, so files there get lost. In Colab, run: {mount}", stacklevel=3)
     return f"/content/gdrive/My Drive/Colab Notebooks/EVA4/{folder}/{filename}"
 
 
@@ -1002,11 +938,7 @@ def _plain(value):
 
 
 class _ArrayDataset(Dataset):
-    """Labelled 32×32 pictures in memory, with the attributes that torchvision's `CIFAR10` has.
-
-    `data` is a uint8 array N×32×32×3, `targets` a list of N labels; an item is `(transform(picture), label)`.
-    `suffix` follows whatever is printed of them.
-    """
+    """Labelled pictures with the attributes of torchvision's `CIFAR10`; `suffix` follows what is printed of them."""
 
     def __init__(self, data, targets, classes, mean, std, suffix=""):
         self.data, self.targets, self.classes, self.suffix = data, targets, list(classes), suffix
@@ -1023,40 +955,34 @@ def get_cifar10_dataset(mean=CIFAR10_MEAN, std=CIFAR10_STD, *, root="./data", do
     """CIFAR-10 as `(train, test)` datasets of `(float tensor 3×32×32 normalised with mean and std, int label)`.
 
     `root` holds torchvision's `cifar-10-batches-py`, or its archive, or image folders `train/<class>/*` and
-    `test/<class>/*` (PNG or JPEG, 32×32); if it holds none of these, the archive is downloaded into it.
-    Each dataset has `.data` (uint8 array N×32×32×3), `.targets` and `.classes`.
+    `test/<class>/*` (PNG or JPEG, 32×32); if none of these, the archive is downloaded into it. Each dataset has `.data`
+    (uint8 array N×32×32×3), `.targets` and `.classes`.
 
     Raises FileNotFoundError if there is nothing and `download` is false, ConnectionError if no source delivers,
     ValueError naming the file or folder that is not as it should be.
     """
-    root, _ = Path(root), _normalize_colours(mean, std)  # checked before the download
-    if (root / _BATCHES).is_dir():
-        read = _read_batches
-    elif (root / "train").is_dir() or (root / "test").is_dir():
-        read = _read_image_folders
-    elif download or (root / _ARCHIVE).is_file():
+    _normalize_colours(mean, std)  # checked before the download
+    root = Path(root)
+    if not any((root / name).is_dir() for name in (_BATCHES, "train", "test")):
+        if not download and not (root / _ARCHIVE).is_file():
+            raise FileNotFoundError(f"no CIFAR-10 in {root}: neither {_BATCHES} nor {_ARCHIVE} nor train/ and test/")
         root = download_cifar10(root, mirrors=CIFAR10_MIRRORS if download else ()).parent
-        read = _read_batches
-    else:
-        raise FileNotFoundError(f"no CIFAR-10 in {root}: neither {_BATCHES} nor {_ARCHIVE} nor train/ and test/")
+    read = _read_batches if (root / _BATCHES).is_dir() else _read_image_folders
     return tuple(_ArrayDataset(*read(root, split), CIFAR10_CLASSES, mean, std) for split in ("train", "test"))
 
 
 def _read_batches(root, split):
     """Images (uint8 N×32×32×3) and labels of `split` from torchvision's `cifar-10-batches-py` in `root`."""
     images, labels = [], []
-    for name, _ in datasets.CIFAR10.train_list if split == "train" else datasets.CIFAR10.test_list:
+    for name, _ in getattr(datasets.CIFAR10, f"{split}_list"):
         path = root / _BATCHES / name
         try:
             with path.open("rb") as file:
                 batch = _ArrayUnpickler(file, encoding="latin1").load()
-            batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
             images.append(np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32))
-            labels += [int(label) for label in batch["labels"]]
+            labels += _as_labels("labels", batch["labels"], len(images[-1]), CIFAR10_CLASSES).tolist()
         except Exception as error:  # a pickle of something else can fail in any way
             raise ValueError(f"{path}: not a batch of CIFAR-10 ({type(error).__name__}: {error})") from error
-        if len(images[-1]) != len(batch["labels"]) or not all(0 <= label < 10 for label in batch["labels"]):
-            raise ValueError(f"{path}: needs as many labels from 0 to 9 as images")
     return np.ascontiguousarray(np.concatenate(images).transpose(0, 2, 3, 1)), labels
 
 
@@ -1072,30 +998,26 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def _read_image_folders(root, split):
     """Images (uint8 N×32×32×3) and labels of `split` from the image folders `<root>/<split>/<class>/*`."""
-    folder = root / split
+    folder, classes = root / split, set(CIFAR10_CLASSES)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder, needed beside the other split's")
-    names = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
-    if names != set(CIFAR10_CLASSES):
-        missing, unknown = sorted(set(CIFAR10_CLASSES) - names), sorted(names - set(CIFAR10_CLASSES))
-        raise ValueError(f"{folder}: needs one folder for each class of CIFAR-10; missing {missing}, unknown {unknown}")
-    files = []
-    for label, name in enumerate(CIFAR10_CLASSES):
-        found = [path for path in sorted((folder / name).iterdir()) if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
-        if not found:
-            raise ValueError(f"{folder / name}: holds no PNG or JPEG image")
-        files += [(path, label) for path in found]
+    files = sorted(path for path in folder.glob("[!.]*/*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    missing = sorted(classes - {path.parent.name for path in files})
+    unknown = sorted({path.name for path in folder.glob("[!.]*") if path.is_dir()} - classes)
+    if missing or unknown:
+        needed = "a folder with PNG or JPEG images for each class of CIFAR-10 is needed"
+        raise ValueError(f"{folder}: {needed}; missing {missing}, unknown {unknown}")
     images = np.empty((len(files), 32, 32, 3), dtype=np.uint8)
     bar = tqdm(files, desc=f"Reading {folder}", unit=" images", mininterval=0.5, file=sys.stdout)
-    for image, (path, _) in zip(images, bar, strict=True):
+    for image, path in zip(images, bar, strict=True):
         try:
-            pixels = np.asarray(pil_loader(path))
+            pixels = np.asarray(datasets.folder.pil_loader(path))
         except (OSError, SyntaxError, ValueError) as error:  # Pillow's ways to refuse a file
             raise ValueError(f"{path}: not a readable image ({error})") from error
         if pixels.shape != image.shape:
             raise ValueError(f"{path}: {pixels.shape[1]}×{pixels.shape[0]} pixels, not 32×32")
         image[:] = pixels
-    return images, [label for _, label in files]
+    return images, [CIFAR10_CLASSES.index(path.parent.name) for path in files]
 
 
 def _arrays_of(dataset):
@@ -1119,21 +1041,18 @@ def _normalization(transform):
     """Mean and std of the first `Normalize` in `transform`, None if there is none."""
     if isinstance(transform, (transforms.Normalize, v2.Normalize)):
         return transform.mean, transform.std
-    found = (_normalization(part) for part in getattr(transform, "transforms", []))
-    return next((pair for pair in found if pair), None)
+    return next(filter(None, map(_normalization, getattr(transform, "transforms", []))), None)
 
 
 def to_normalize(mean, std):
     """torchvision's `Normalize`: (pixel − mean) / std, channel by channel."""
-    for name, values in (("mean", mean), ("std", std)):
+    for name, values, low, needed in (("mean", mean, -math.inf, ""), ("std", std, 0, " above 0")):
         try:
             numbers = np.asarray(values, dtype=float)
-            fits = numbers.ndim == 1 and numbers.size and np.isfinite(numbers).all()
+            fits = numbers.ndim == 1 and numbers.size and ((low < numbers) & (numbers < math.inf)).all()
         except (TypeError, ValueError):
             fits = False
-        above = " above 0" if name == "std" else ""
-        fits = fits and (name == "mean" or (numbers > 0).all())
-        _require(fits, name, values, f"a finite number{above} for each channel")
+        _require(fits, name, values, f"a finite number{needed} for each channel")
     _require(len(std) == len(mean), "std", std, f"as many numbers as mean has, {len(mean)},")
     return transforms.Normalize(mean=mean, std=std)
 
@@ -1161,8 +1080,6 @@ def compose_transform(*args):
     return transforms.Compose(list(args))
 
 
-# --- Synthetic data --------------------------------------------------------------------------------------------------
-
 _SHAPES = {  # inside or outside, for coordinates u to the right and v downward with the shape between -1 and 1
     "disk": lambda u, v: np.hypot(u, v) < 1,
     "ring": lambda u, v: abs(np.hypot(u, v) - 0.8) < 0.2,
@@ -1183,31 +1100,26 @@ def get_synthetic_dataset(num_train=5000, num_test=1000, *, seed=SEED, mean=CIFA
     Ten classes of shape in any colour, place and size, lighter or darker than a shaded background, under noise: a small
     network learns them within a few epochs, a linear classifier does not. The same `seed` draws the same pictures.
     """
-    rng = np.random.default_rng(seed)
-    train, test = _draw_pictures(rng, num_train), _draw_pictures(rng, num_test)
-    return tuple(_ArrayDataset(*part, _SHAPES, mean, std, suffix=" (not CIFAR-10)") for part in (train, test))
-
-
-def _draw_pictures(rng, number):
-    """`number` pictures (uint8 N×32×32×3) and their labels, the classes in turn."""
+    rng, parts = np.random.default_rng(seed), []
     y, x = np.mgrid[-1:1:32j, -1:1:32j]
-    pictures, labels = np.empty((number, 32, 32, 3), dtype=np.uint8), [index % 10 for index in range(number)]
-    shapes = list(_SHAPES.values())
-    for picture, label in zip(pictures, labels, strict=True):
-        (left, top), size = rng.uniform(-0.3, 0.3, 2), rng.uniform(0.4, 0.7)
-        inside = shapes[label]((x - left) / size, (y - top) / size)
-        background, (across, down) = rng.uniform(0.25, 0.75, 3), rng.uniform(-0.25, 0.25, (2, 3))
-        colour = rng.uniform(0.2, 0.5, 3) * rng.choice([-1, 1])
-        image = background + x[..., None] * across + y[..., None] * down + inside[..., None] * colour
-        image += rng.normal(0, 0.08, image.shape)
-        picture[:] = np.clip(image * 255, 0, 255)
-    return pictures, labels
+    for number in (num_train, num_test):
+        pictures, labels = np.empty((number, 32, 32, 3), dtype=np.uint8), [index % 10 for index in range(number)]
+        for picture, is_inside in zip(pictures, cycle(_SHAPES.values())):
+            (left, top), size = rng.uniform(-0.3, 0.3, 2), rng.uniform(0.4, 0.7)
+            inside = is_inside((x - left) / size, (y - top) / size)
+            background, (across, down) = rng.uniform(0.25, 0.75, 3), rng.uniform(-0.25, 0.25, (2, 3))
+            colour = rng.uniform(0.2, 0.5, 3) * rng.choice([-1, 1])
+            image = background + x[..., None] * across + y[..., None] * down + inside[..., None] * colour
+            picture[:] = np.clip((image + rng.normal(0, 0.08, image.shape)) * 255, 0, 255)
+        parts.append(_ArrayDataset(pictures, labels, _SHAPES, mean, std, suffix=" (not CIFAR-10)"))
+    return tuple(parts)
 
 
 # --- Download --------------------------------------------------------------------------------------------------------
 
 _ARCHIVE, _ARCHIVE_MD5, _ARCHIVE_SIZE = "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", 170_498_071
 _BATCHES = "cifar-10-batches-py"  # the folder in that archive
+_UNWRITABLE = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES
 
 
 def download_cifar10(root="./data", *, mirrors=CIFAR10_MIRRORS):
@@ -1215,8 +1127,8 @@ def download_cifar10(root="./data", *, mirrors=CIFAR10_MIRRORS):
 
     A copy already there is verified and used; an archive in a folder that cannot be written is unpacked into the
     machine's temporary one. Otherwise the archive (170 MB) is fetched from the first of the `mirrors` that delivers it,
-    and its md5 checked. A source that stalls or crawls is left for the next one; what was received is continued, also
-    by the next call. Of several processes one fetches, the others wait for it.
+    and its md5 checked. A source that stalls or crawls is left for the next, which continues what was received; so does
+    the next call. Of several processes one fetches, the others wait.
 
     Raises ConnectionError naming each source with its reason, ValueError if a folder of that name holds something else,
     OSError if the disk is full or `root` cannot be written.
@@ -1225,35 +1137,26 @@ def download_cifar10(root="./data", *, mirrors=CIFAR10_MIRRORS):
     _require(are_urls, "mirrors", mirrors, "a list of URLs", TypeError)
     root = Path(root)
     folder, archive = root / _BATCHES, root / _ARCHIVE
-    if folder.exists():
-        return _verified(folder)
-    whole = archive.exists() and check_integrity(archive, _ARCHIVE_MD5)
-    if whole and not os.access(root, os.W_OK):
-        root = Path(tempfile.gettempdir()) / "velasoka"
-        folder = root / _BATCHES
-    with _locked(root):
-        if folder.exists():  # another process has been at it
-            return _verified(folder)
-        if not whole and not (archive.exists() and check_integrity(archive, _ARCHIVE_MD5)):
-            _fetch_archive(archive, mirrors)
-        _unpack(archive, folder)
-    return folder
-
-
-def _verified(folder):
-    """`folder`, if it holds the batches of CIFAR-10 as published."""
+    if not folder.exists():
+        whole = archive.exists() and check_integrity(archive, _ARCHIVE_MD5)
+        if whole and not os.access(root, os.W_OK):
+            root = Path(tempfile.gettempdir()) / "velasoka"
+            folder = root / _BATCHES
+        with _locked(root):
+            if not folder.exists():  # no other process has been at it
+                if not whole and not (archive.exists() and check_integrity(archive, _ARCHIVE_MD5)):
+                    _fetch_archive(archive, mirrors)
+                _unpack(archive, folder)
+                return folder
     for name, md5 in datasets.CIFAR10.train_list + datasets.CIFAR10.test_list:
         if not check_integrity(folder / name, md5):
             raise ValueError(f"{folder / name} is missing or damaged: remove {folder} to have it fetched again")
     return folder
 
 
-_UNWRITABLE = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES
-
-
 @contextmanager
 def _locked(root):
-    """As a context manager, lets one process at a time write to `root`; raises a one-line OSError if none can."""
+    """One process at a time runs what is inside, which writes to `root`; raises a one-line OSError if none can."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / ".lock"):
@@ -1272,9 +1175,8 @@ def _locked(root):
 def _unpack(archive, folder):
     """Unpack the batches in `archive` beside `folder`, which takes its name when whole."""
     part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
     try:
-        part.mkdir()
+        part.mkdir(exist_ok=True)  # that of a process that was killed
         with tarfile.open(archive) as tar:
             for member in tar:
                 if member.isfile() and Path(member.name).parent == Path(_BATCHES):  # nothing that points elsewhere
@@ -1292,25 +1194,30 @@ def _fetch_archive(archive, mirrors, *, timeout=10, speed=200_000, window=15):
     """
     kept, again = archive.with_name(archive.name + ".part"), archive.with_name(archive.name + ".again")
     reasons, crawling, doubtful, part = {}, {}, [], kept
+
+    def attempts():  # what to try, where to write it, and the bytes a second below which to leave it
+        yield from ((url, kept, speed) for url in mirrors)
+        yield from ((url, kept, 0) for url in sorted(crawling, key=crawling.get, reverse=True))
+        yield from ((url, again, 0) for url in list(doubtful))  # from nothing: the bytes in `kept` may be at fault
+
     whole = kept.exists() and check_integrity(kept, _ARCHIVE_MD5)  # stopped just before it was renamed
-    for url, part, slowest in () if whole else _attempts(mirrors, crawling, doubtful, kept, again, speed):
-        have, wrong = part.stat().st_size if part.exists() else 0, False
+    for url, part, slowest in () if whole else attempts():
+        have = part.stat().st_size if part.exists() else 0
         try:
-            _fetch(url, part, have, timeout, slowest, window)
-            whole = check_integrity(part, _ARCHIVE_MD5)
-            if whole:
+            _fetch(url, part, have, timeout, slowest, window, crawling)
+            if whole := check_integrity(part, _ARCHIVE_MD5):
                 break
-            reasons[url], wrong = "not the published file (its md5 differs)", True
+            reasons[url] = "not the published file (its md5 differs)"
         except (OSError, HTTPException, ValueError) as error:
             if getattr(error, "errno", None) in _UNWRITABLE:
                 raise
-            reasons[url], wrong = error, getattr(error, "code", None) == 416  # no such range: the part is too long
-            if hasattr(error, "speed"):
-                crawling[url] = error.speed
-        if wrong and have:
+            reasons[url] = error
+            if getattr(error, "code", None) != 416:  # no such range: the part is too long
+                continue
+        if have:
             os.truncate(part, have)
-            doubtful += [url] if part == kept else []
-        elif wrong:
+            doubtful.append(url)
+        else:
             part.unlink(missing_ok=True)
     if part == again and again.exists() and (whole or again.stat().st_size > kept.stat().st_size):
         again.replace(kept)
@@ -1322,19 +1229,8 @@ def _fetch_archive(archive, mirrors, *, timeout=10, speed=200_000, window=15):
     kept.replace(archive)
 
 
-def _attempts(mirrors, crawling, doubtful, kept, again, speed):
-    """What to try in turn: a source, the file to continue, and the bytes a second below which to leave the source.
-
-    Each of the `mirrors`, then those found `crawling`, the fastest first. Then the `doubtful` ones, whose bytes did not
-    fit those `kept` from before, which may be at fault: `again`, from nothing.
-    """
-    yield from ((url, kept, speed) for url in mirrors)
-    yield from ((url, kept, 0) for url in sorted(crawling, key=crawling.get, reverse=True))
-    yield from ((url, again, 0) for url in doubtful)
-
-
-def _fetch(url, part, have, timeout, speed, window):
-    """Fetch `url` into the file `part`, after the `have` bytes that it holds."""
+def _fetch(url, part, have, timeout, speed, window, crawling):
+    """Append to the `have` bytes in the file `part` the rest of `url`; its speed goes into `crawling` if too low."""
     headers = {"User-Agent": f"velasoka/{__version__}"} | ({"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as reply:
         if reply.headers.get_content_type() == "text/html":
@@ -1343,23 +1239,20 @@ def _fetch(url, part, have, timeout, speed, window):
         start, length = have - skip, reply.headers.get("Content-Length")
         if length and start + int(length) != _ARCHIVE_SIZE:
             raise ConnectionError(f"offers {start + int(length):,} bytes, the archive has {_ARCHIVE_SIZE:,}")
-        source = url.split("/")[2]
-        bar = tqdm(initial=start, total=_ARCHIVE_SIZE, unit="B", unit_scale=True, desc=source, file=sys.stdout)
+        bar = tqdm(
+            initial=start, total=_ARCHIVE_SIZE, unit="B", unit_scale=True, desc=url.split("/")[2], file=sys.stdout
+        )
         began, received = time.perf_counter(), 0
         with part.open("ab") as file, bar:
-            while chunk := reply.read1(1 << 16):
+            while bar.n <= _ARCHIVE_SIZE and (chunk := reply.read1(1 << 16)):
                 file.write(chunk[skip:])
                 skip = max(0, skip - len(chunk))
                 bar.update(len(chunk))
-                if bar.n > _ARCHIVE_SIZE:
-                    raise ConnectionError(f"sends more than the {_ARCHIVE_SIZE:,} bytes of the archive")
                 received += len(chunk)
-                seconds = time.perf_counter() - began
-                if seconds >= window:
+                if (seconds := time.perf_counter() - began) >= window:
                     if received < speed * seconds:
-                        crawls = ConnectionError(f"crawls at {received / seconds / 1000:.0f} kB/s")
-                        crawls.speed = received / seconds
-                        raise crawls
+                        crawling[url] = received / seconds
+                        raise ConnectionError(f"crawls at {crawling[url] / 1000:.0f} kB/s")
                     began, received = time.perf_counter(), 0
     if bar.n < _ARCHIVE_SIZE:
         raise ConnectionError(f"broke off after {bar.n:,} of {_ARCHIVE_SIZE:,} bytes")
@@ -1371,9 +1264,6 @@ def _fetch(url, part, have, timeout, speed, window):
 def count_parameters(model):
     """The number of trainable parameters of `model`, each counted once."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-_COLUMNS = ("layer", "kernel_size", "stride", "dilation", "output_size", "jump", "receptive_field")
 
 
 def receptive_field(model, input_size=(3, 32, 32)):
@@ -1404,15 +1294,12 @@ _WINDOWED = {  # what slides a window, and its arguments in order
     "avg_pool2d": ("input", "kernel_size", "stride"),
     "lp_pool2d": ("input", "norm_type", "kernel_size", "stride"),
 }
+_COLUMNS = ("layer", "kernel_size", "stride", "dilation", "output_size", "jump", "receptive_field")
 _POOLING = "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "sum", "amax", "amin"
 
 
 class _ViewTracer(TorchFunctionMode):
-    """Follows tensors through all that torch does with them; `rows` is what `receptive_field` returns.
-
-    A tensor carries as `seen` how many pixels a cell of it sees, how many pixels neighbouring cells are apart, and how
-    many cells there are: an int array 3×2, for (height, width).
-    """
+    """Follows tensors through all that torch does, each with what it has `seen`: field, jump and size, an array 3×2."""
 
     def __init__(self, model):
         super().__init__()
@@ -1456,19 +1343,17 @@ class _ViewTracer(TorchFunctionMode):
         return seen
 
     def add_row(self, layer, kernel, stride, dilation, field, jump, size):
-        self.field, pairs = (
-            field,
-            [np.broadcast_to(one, 2).tolist() for one in (kernel, stride, dilation, size, jump, field)],
-        )
-        sides = [height if height == width else (height, width) for height, width in pairs]
+        pairs = np.broadcast_arrays(kernel, stride, dilation, size, jump, field)
+        sides = [height if height == width else (height, width) for height, width in np.array(pairs).tolist()]
         self.rows.append(dict(zip(_COLUMNS, [layer, *sides], strict=True)))
+        self.field = field
 
 
 def model_summary(model, input_size, device=None):
     """Print torchsummary's table of `model`, its parameter count and its receptive field, layer by layer.
 
-    `input_size` is (channels, height, width). The model, its mode, its buffers and the random state stay as they are:
-    all is computed on a copy on the CPU, whatever the `device`, which older notebooks pass.
+    `input_size` is (channels, height, width). The model and the random state stay as they are: all is computed on a
+    copy on the CPU, whatever the `device`, which older notebooks pass.
     """
     copied = _cpu_copy(model, input_size)
     with torch.random.fork_rng(devices=[]):  # torchsummary draws a random input
@@ -1511,8 +1396,7 @@ def show_misclassified(images, labels, logits, classes, *, count=16, columns=8, 
     labels = _as_labels("labels", labels, _number_of("images", images), classes)
     shape, found = (len(images), len(classes)), np.shape(logits)
     _require(found == shape, "shape of logits", tuple(found), f"{shape} for these images and classes")
-    logits = torch.as_tensor(logits).detach().cpu()
-    confidence, predictions = logits.float().softmax(1).max(1)
+    confidence, predictions = torch.as_tensor(logits).cpu().float().softmax(1).max(1)
     wrong = (predictions != labels).nonzero()[:, 0]
     worst = wrong[confidence[wrong].argsort(descending=True)][:count]
     titles = [f"{classes[labels[i]]}, taken for\n{classes[predictions[i]]} ({confidence[i]:.0%})" for i in worst]
@@ -1532,7 +1416,7 @@ def _grid(images, titles, columns, mean, std):
     _require(fits, "images", f"{images.dtype} {tuple(images.shape)}", needed)
     if not of_bytes:
         images = (images.permute(0, 2, 3, 1) * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1)
-    rows = max(1, math.ceil(len(images) / columns))
+    rows = math.ceil(len(images) / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns, 1.6 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
@@ -1541,9 +1425,6 @@ def _grid(images, titles, columns, mean, std):
         axis.set_title(title, fontsize=8)
     plt.close(figure)  # or Jupyter would draw it a second time
     return figure
-
-
-_COLOURS = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"  # of Okabe and Ito
 
 
 def plot_history(history):
@@ -1555,13 +1436,14 @@ def plot_history(history):
     are_histories = all(isinstance(one, History) for one in histories.values())
     _require(are_histories, "history", history, "a History, or a dict of them by name,", TypeError)
     _require(histories, "history", history, "at least one")
+    colours = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"  # of Okabe and Ito
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, quantity, unit in zip(axes, ("accuracy", "loss"), ("accuracy (%)", "cross entropy"), strict=True):
-        for (name, one), colour in zip(histories.items(), cycle(_COLOURS)):
+        for (name, one), colour in zip(histories.items(), cycle(colours)):
             for phase, style in (("test", "o-"), ("train", "o:")):
                 values = [getattr(result, quantity) for result in getattr(one, phase)]
-                label, epochs = f"{name} {phase}".strip(), range(1, len(values) + 1)
-                axis.plot(epochs, values, style, color=colour, markersize=4, label=label)
+                label = f"{name} {phase}".strip()
+                axis.plot(range(1, len(values) + 1), values, style, color=colour, markersize=4, label=label)
         axis.set(title=quantity.capitalize(), xlabel="epoch", ylabel=unit)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
@@ -1572,7 +1454,7 @@ def plot_history(history):
 
 def plot_confusion_matrix(labels, predictions, classes):
     """A `Figure` of how many images of each class (row) were taken for each class (column)."""
-    counts = _confusion(labels, predictions, classes)
+    counts = _confusion(labels, predictions, classes).numpy()
     figure, axis = plt.subplots(figsize=(7, 6.5), layout="constrained")
     axis.imshow(np.sqrt(counts), cmap="Blues")  # the root, or only the diagonal would be seen
     for (row, column), count in np.ndenumerate(counts):
@@ -1588,15 +1470,14 @@ def plot_confusion_matrix(labels, predictions, classes):
 def per_class_accuracy(labels, predictions, classes):
     """The accuracy in percent on each class, a dict by class name; NaN for a class without images."""
     counts = _confusion(labels, predictions, classes)
-    totals = counts.sum(1)
-    return {name: float(100 * counts[i, i] / totals[i]) if totals[i] else math.nan for i, name in enumerate(classes)}
+    return dict(zip(classes, (100 * counts.diag().double() / counts.sum(1)).tolist(), strict=True))
 
 
 def _confusion(labels, predictions, classes):
-    """How many images of class i were taken for class j, an int array classes×classes."""
+    """How many images of class i were taken for class j, an int tensor classes×classes."""
     labels = _as_labels("labels", labels, _number_of("labels", labels), classes)
     predictions, number = _as_labels("predictions", predictions, len(labels), classes), len(classes)
-    return torch.bincount(labels * number + predictions, minlength=number**2).reshape(number, number).numpy()
+    return torch.bincount(labels * number + predictions, minlength=number**2).reshape(number, number)
 
 
 # --- Argument checks -------------------------------------------------------------------------------------------------
@@ -1614,11 +1495,6 @@ def _must(fits, needed, error=TypeError):
     return lambda name, value: _require(fits(value), name, value, needed, error)
 
 
-def _kind(kinds, needed):
-    """A check for an instance of one of these `kinds`."""
-    return _must(lambda value: isinstance(value, kinds), needed)
-
-
 def _number(kind, low=1, high=math.inf):
     """A check for a finite number from `low` to `high`, a whole one if `kind` is int."""
     kinds = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
@@ -1634,6 +1510,12 @@ def _check_device(name, device):
         torch.zeros(1, device=torch.device(device)).tolist()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:
         raise ValueError(f"{name}={device!r}: a device of this machine is needed ({_first_line(error)})") from error
+
+
+def _check_optimizer(name, value):
+    """Raise TypeError or ValueError unless the loops can step `value`."""
+    _require(isinstance(value, torch.optim.Optimizer), name, value, "a torch.optim.Optimizer", TypeError)
+    _require(not isinstance(value, torch.optim.LBFGS), name, value, "one whose step needs no closure")
 
 
 def _check_images(model, inputs):
@@ -1671,26 +1553,25 @@ def _first_line(error):
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+_PATH = _must(lambda value: isinstance(value, (str, os.PathLike)), "a path")
+_TRUE_OR_FALSE = _must(lambda value: isinstance(value, (bool, np.bool_)), "True or False")
 _PAIR = _must(lambda value: isinstance(value, (tuple, list)) and len(value) == 2, "a pair (train, test)")
 _CHECKS = {  # of arguments, by name, which means the same in every function; first those of one function
     "model_summary.device": lambda name, value: None,
     "seed_everything.seed": _number(int, 0, 2**32 - 1),
-    "start_cnn.data_loader": _PAIR,
+    **dict.fromkeys(("dataset", "start_cnn.data_loader"), _PAIR),
     **dict.fromkeys(("batch_size", "columns", "count", "epochs", "fm_size", "num_train", "num_test"), _number(int)),
     "seed": _number(int, 0, 2**63 - 1),
     "lr": _number(float, sys.float_info.min),
     **dict.fromkeys(("momentum", "label_smoothing"), _number(float, 0, 1)),
     "target_accuracy": _number(float, 0, 100),
-    **dict.fromkeys(
-        ("augment", "deterministic", "download", "progress", "resume", "tta"), _kind((bool, np.bool_), "True or False")
-    ),
-    **dict.fromkeys(("path", "checkpoint_path", "root"), _kind((str, os.PathLike), "a path")),
-    **dict.fromkeys(("folder", "filename"), _kind(str, "a name")),
-    "model": _kind(nn.Module, "a torch.nn.Module (an instance, not its class)"),
-    "optimizer": _kind(torch.optim.Optimizer, "a torch.optim.Optimizer"),
+    **dict.fromkeys(("augment", "deterministic", "download", "progress", "resume", "tta"), _TRUE_OR_FALSE),
+    **dict.fromkeys(("path", "checkpoint_path", "root"), _PATH),
+    **dict.fromkeys(("folder", "filename"), _must(lambda value: isinstance(value, str), "a name")),
+    "model": _must(lambda value: isinstance(value, nn.Module), "a torch.nn.Module (an instance, not its class)"),
+    "optimizer": _check_optimizer,
     "loss_fn": _must(lambda value: callable(value) and not isinstance(value, type), "a function of logits and labels"),
-    "data_loader": _kind(Iterable, "an iterable of batches"),
-    "dataset": _PAIR,
+    "data_loader": _must(lambda value: isinstance(value, Iterable), "an iterable of batches"),
     "device": _check_device,
 }
 
@@ -1715,47 +1596,40 @@ for _name in __all__:  # every public function
         globals()[_name] = _checked(globals()[_name])
 for _model in MODELS.values():
     _model.__init__ = _checked(_model.__init__)
+test_cnn.__test__ = False  # not one of pytest's, even if a test file imports everything from here
 
 # --- Command line ----------------------------------------------------------------------------------------------------
 
 
 def _parse(arguments):
     """The command line's options."""
-    parser = argparse.ArgumentParser(
-        prog="velasoka",
-        description="Train small convolutional networks on CIFAR-10. With no option: train dilated-depthwise until it "
-        "reaches 80% on the test images, CIFAR-10 being looked for in ./data and downloaded where it is not there.",
-        epilog="Exit status: 0 trained as announced, and reached the target; 1 missed it, or the loss diverged; "
-        "2 wrong option, or no data; 130 interrupted (the checkpoint is kept).",
-    )
+    about = "Train small convolutional networks on CIFAR-10; by default dilated-depthwise, to 80% on its test images."
+    status = "0 trained as announced; 1 target missed, or loss diverged; 2 wrong option, or no data; 130 interrupted"
+    parser = argparse.ArgumentParser("velasoka", description=about, epilog=f"Exit status: {status} (checkpoint kept).")
     parser.error = lambda message: parser.exit(2, f"velasoka: {message} (--help lists the options)\n")  # in one line
     add, data = parser.add_argument, parser.add_mutually_exclusive_group()
     add("--model", choices=[*MODELS, "all"], default="dilated-depthwise", help="default: %(default)s")
     add("--epochs", type=int, metavar="N", help="how many to train for, at most (default: 1)")
-    target = "stop after the epoch that reaches this test accuracy (default: 80, or none where --epochs is given)"
-    add("--target", type=float, metavar="PERCENT", help=target)
-    folder = "holds cifar-10-batches-py, or its archive, or image folders train/<class>/ and test/<class>/"
+    add("--target", type=float, metavar="PERCENT", help="test accuracy to stop at (default: 80, none with --epochs)")
+    folder = "holds cifar-10-batches-py, its archive, or train/<class>/ and test/<class>/ (default: ./data, downloaded)"
     data.add_argument("--data", metavar="DIR", help=folder)
     data.add_argument("--synthetic", action="store_true", help="train on drawn pictures, which need no download")
     add("--batch-size", type=int, default=_BATCH_SIZE, metavar="N", help="default: %(default)s")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     add("--seed", type=int, default=SEED, metavar="N", help="default: %(default)s")
-    add("--checkpoint", type=Path, metavar="FILE", help="write all that the run needs to go on, after every epoch")
-    add("--resume", action="store_true", help="go on from --checkpoint, where that file exists")
+    add("--checkpoint", type=Path, metavar="FILE", help="after every epoch, write everything the run needs to continue")
+    add("--resume", action="store_true", help="continue from --checkpoint, if that file exists")
     add("--save", type=Path, metavar="FILE", help="write the trained weights, for load_model")
     add("--version", action="version", version=__version__)
     options = parser.parse_args(arguments)
     if options.resume and not options.checkpoint:
-        parser.error("--resume needs --checkpoint FILE to go on from")
+        parser.error("--resume needs --checkpoint FILE to continue from")
     if options.data is not None and not os.path.isdir(options.data):  # noqa: PTH112  # Path("") would be "."
         parser.error(f"--data {options.data!r}: no such folder")
     for path in filter(None, (options.checkpoint, options.save)):
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         if path.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
             parser.error(f"{path}: cannot be written")
-    if options.epochs is None and options.target is None:
-        options.target = 80.0
-    options.epochs = 1 if options.epochs is None else options.epochs
     checks = {name: _CHECKS[name] for name in ("epochs", "batch_size", "device")}
     checks |= {"seed": _CHECKS["seed_everything.seed"], "target": _number(float, 1, 100)}
     try:
@@ -1764,6 +1638,8 @@ def _parse(arguments):
                 check(f"--{name.replace('_', '-')}", getattr(options, name))
     except ValueError as error:
         parser.error(str(error))
+    options.target = options.target or (80.0 if options.epochs is None else None)
+    options.epochs = options.epochs or 1
     return options
 
 
@@ -1785,15 +1661,14 @@ def _main(arguments=None):
 
 def _dataset(options):
     """The data that the options ask for; if they ask for none and CIFAR-10 is unavailable, drawn pictures."""
-    if options.synthetic:
-        return get_synthetic_dataset()
-    try:
-        return get_cifar10_dataset(root=options.data or "./data")
-    except OSError as error:  # no source delivers, or ./data cannot be written
-        if options.data:
-            raise
-        print(f"{error}\nGoing on with synthetic pictures: what follows is not CIFAR-10.")
-        return get_synthetic_dataset()
+    if not options.synthetic:
+        try:
+            return get_cifar10_dataset(root=options.data or "./data")
+        except OSError as error:  # no source delivers, or ./data cannot be written
+            if options.data:
+                raise
+            print(f"{error}\nContinuing with synthetic pictures: what follows is not CIFAR-10.")
+    return get_synthetic_dataset()
 
 
 def _train(name, dataset, options):
@@ -1807,8 +1682,7 @@ def _train(name, dataset, options):
     suffix = f"-{name}" if options.model == "all" else ""  # or one model's files would replace another's
     checkpoint, save = (path and path.with_stem(path.stem + suffix) for path in (options.checkpoint, options.save))
     stops = {"target_accuracy": options.target, "checkpoint_path": checkpoint, "resume": options.resume}
-    optimizer, loss_fn = get_muon_optimizer(model), get_ce_loss()
-    history = start_cnn(model, optimizer, loss_fn, loaders, device, options.epochs, **stops)
+    history = start_cnn(model, get_muon_optimizer(model), get_ce_loss(), loaders, device, options.epochs, **stops)
     if save and history.test:
         save_model(model, save)
     reached = options.target is None or history.status == "target reached"
@@ -1816,12 +1690,11 @@ def _train(name, dataset, options):
     if history.test:
         ended += f" in {sum(result.seconds for result in history.train + history.test):.0f} s"
         ended += f", test accuracy {history.test[-1].accuracy:.2f}%, at best {history.best_accuracy:.2f}%"
-    if options.target is not None:
-        ended += f": the target of {options.target:g}% is {'reached' if reached else 'missed'}"
-    print(ended)
+    verdict = f": the target of {options.target:g}% is {'reached' if reached else 'missed'}" if options.target else ""
+    print(ended + verdict)
     if history.status == "interrupted":
         raise KeyboardInterrupt
-    return 0 if reached and history.status != "diverged" else 1
+    return int(not reached or history.status == "diverged")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import itertools
 import math
 import pickle
+import random
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 import velasoka
 
 QUIET = {"progress": False}
+torch.set_num_threads(1)  # the tensors are tiny; on a busy machine more threads wait for each other for minutes
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +26,14 @@ def device():
 def in_an_empty_folder(tmp_path, monkeypatch):
     """Nothing that a test writes lands in the checkout, and no test finds data by chance."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same random numbers, alone or among others."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -39,12 +49,11 @@ def loaders(pictures, device):
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
     return velasoka.DilatedDepthwiseModel(fm_size=4)
 
 
 class Bomb:
-    """Whoever unpickles it without care makes a file named `exploded`."""
+    """To unpickle it without care creates a file named `exploded`."""
 
     def __reduce__(self):
         return Path.touch, (Path("exploded"),)

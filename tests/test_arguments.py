@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
-from torch.utils.data import Subset
+from torch.utils.data import Subset, TensorDataset
 
 import velasoka as v
 
@@ -69,19 +69,25 @@ BAD = [
     # data
     (lambda: v.download_cifar10(None), TypeError, "root=None"),
     (lambda: v.download_cifar10("new", mirrors="https://one.example"), TypeError, "mirrors='https://one.example'"),
+    (lambda: v.download_cifar10("new", mirrors=[5]), TypeError, r"mirrors=\[5\]"),
     (lambda: v.get_cifar10_dataset(root=3), TypeError, "root=3"),
     (lambda: v.get_cifar10_dataset((0.5,) * 3, (0.0,) * 3), ValueError, "std="),
     (lambda: v.get_synthetic_dataset(0), ValueError, "num_train=0"),
     (lambda: v.get_synthetic_dataset(10, -1), ValueError, "num_test=-1"),
     (lambda: v.get_synthetic_dataset(10, 10, seed="a"), ValueError, "seed='a'"),
+    (lambda: v.get_synthetic_dataset(mean=(0.5,), std=(0.5,)), ValueError, r"mean=\(0\.5,\)"),
     (lambda: v.get_cifar10_data_loader(data(), 0), ValueError, "batch_size=0"),
+    (lambda: v.get_cifar10_data_loader(data(), -1), ValueError, "batch_size=-1"),
+    (lambda: v.get_cifar10_data_loader(data(), 2.5), ValueError, r"batch_size=2\.5"),
     (lambda: v.get_cifar10_data_loader(data(), NAN), ValueError, "batch_size=nan"),
     (lambda: v.get_cifar10_data_loader(data(), True), ValueError, "batch_size=True"),
     (lambda: v.get_cifar10_data_loader(data(), device="gpu"), ValueError, "device='gpu'"),
     (lambda: v.get_cifar10_data_loader(data(), device="cuda:99"), ValueError, "device='cuda:99'"),
     (lambda: v.get_cifar10_data_loader(data(), augment="no"), TypeError, "augment='no'"),
     (lambda: v.get_cifar10_data_loader(data(), seed=-1), ValueError, "seed=-1"),
+    (lambda: v.get_cifar10_data_loader(data(), seed=2**70), ValueError, "seed=1180591620717411303424"),
     (lambda: v.get_cifar10_data_loader(data()[0]), TypeError, "dataset=.*a pair"),
+    (lambda: v.get_cifar10_data_loader([TensorDataset(IMAGES)] * 2), TypeError, "TensorDataset has no"),
     (lambda: v.get_cifar10_data_loader(data(np.zeros((2, 32, 32), np.uint8))), ValueError, "N×H×W×3"),
     (lambda: v.get_cifar10_data_loader(data(np.zeros((2, 32, 32, 1), np.uint8))), ValueError, "N×H×W×3"),
     (lambda: v.get_cifar10_data_loader(data(np.zeros((2, 32, 32, 3)))), ValueError, "uint8.*not of float64"),
@@ -92,9 +98,6 @@ BAD = [
     (lambda: v.get_cifar10_data_loader(data(labels=(0.0, 1.0))), ValueError, r"dataset.targets=\(0\.0, 1\.0\)"),
     (lambda: v.get_cifar10_data_loader(data(labels=("cat", "dog"))), ValueError, "dataset.targets=.*whole"),
     (lambda: v.get_cifar10_data_loader([Subset(data()[0], [])] * 2), ValueError, r"dataset=\[\]"),
-    (lambda: v.get_cifar10_data_loader(data(), seed=2**70), ValueError, "seed=1180591620717411303424"),
-    (lambda: v.get_synthetic_dataset(mean=(0.5,), std=(0.5,)), ValueError, r"mean=\(0\.5,\)"),
-    (lambda: v.download_cifar10("new", mirrors=[5]), TypeError, r"mirrors=\[5\]"),
     # models, summary, optimisers, loss
     (lambda: v.SimpleModel(0), ValueError, "fm_size=0"),
     (lambda: v.DilatedModel(1.5), ValueError, r"fm_size=1\.5"),
@@ -110,13 +113,13 @@ BAD = [
     (lambda: v.get_sgd_optimizer(None), TypeError, "model=None"),
     (lambda: v.get_sgd_optimizer(NET, lr=0), ValueError, "lr=0"),
     (lambda: v.get_sgd_optimizer(NET, lr="0.1"), ValueError, "lr='0.1'"),
+    (lambda: v.get_sgd_optimizer(NET, lr=10**400), ValueError, "lr="),
     (lambda: v.get_sgd_optimizer(NET, momentum=-0.1), ValueError, r"momentum=-0\.1"),
     (lambda: v.get_sgd_optimizer(NET, momentum=1.1), ValueError, r"momentum=1\.1"),
     (lambda: v.get_muon_optimizer(NET, lr=-1), ValueError, "lr=-1"),
     (lambda: v.get_muon_optimizer(NET, lr=NAN), ValueError, "lr=nan"),
     (lambda: v.get_muon_optimizer(FROZEN), ValueError, "trainable parameters"),
     (lambda: v.get_ce_loss(1.5), ValueError, r"label_smoothing=1\.5"),
-    (lambda: v.get_sgd_optimizer(NET, lr=10**400), ValueError, "lr="),
     # loops
     (lambda: train(loss_fn=nn.CrossEntropyLoss), TypeError, "loss_fn="),
     (lambda: train(loss_fn=nn.CrossEntropyLoss(reduction="none")), ValueError, "loss=.*one number"),
@@ -125,7 +128,7 @@ BAD = [
     (lambda: train(scheduler=5), ValueError, "scheduler=5"),
     (lambda: train(scheduler=StepLR(v.get_sgd_optimizer(NET), 1)), ValueError, "scheduler=.*of this optimizer"),
     (lambda: train(scheduler=ReduceLROnPlateau(SGD)), ValueError, "scheduler="),
-    (lambda: train(model=Tuple()), ValueError, r"model: cannot take images of \(2, 3, 32, 32\)"),
+    (lambda: train(model=Tuple()), ValueError, "model: logits of 2 images × at least 1 classes.* not tuple"),
     (lambda: train(checkpoint_path="."), ValueError, r"checkpoint_path='\.'"),
     (lambda: v.test_cnn(NET, batches() + batches(labels=LABELS + 10), "cpu"), ValueError, "at least 11 classes"),
     (lambda: v.predict(NET, batches() + batches(labels=LABELS - 1), "cpu"), ValueError, "a label in data_loader=-1"),
@@ -135,6 +138,8 @@ BAD = [
     (lambda: train(loss_fn=None), TypeError, "loss_fn=None"),
     (lambda: train(device="gpu"), ValueError, "device='gpu'"),
     (lambda: train(device=None), ValueError, "device=None"),
+    (lambda: train(epochs=-1), ValueError, "epochs=-1"),
+    (lambda: train(epochs="2"), ValueError, "epochs='2'"),
     (lambda: train(epochs=0), ValueError, "epochs=0"),
     (lambda: train(epochs=NAN), ValueError, "epochs=nan"),
     (lambda: train(epochs=2.0), ValueError, r"epochs=2\.0"),
@@ -148,6 +153,7 @@ BAD = [
     (lambda: train(loader=(3, batches())), TypeError, "data_loader=3"),
     (lambda: train(loader=([], batches())), ValueError, "no batches"),
     (lambda: train(loader=(batches(), [])), ValueError, "no batches"),
+    (lambda: train(loader=(iter([]), iter([]))), ValueError, "no batches"),
     (lambda: train(loader=([IMAGES], batches())), TypeError, "not Tensor"),
     (lambda: train(loader=(batches(IMAGES.byte()), batches())), TypeError, r"torch\.uint8"),
     (lambda: train(loader=(batches(labels=LABELS.float()), batches())), TypeError, r"torch\.float32, torch\.float32"),
@@ -162,6 +168,10 @@ BAD = [
     (lambda: v.test_cnn(Wrong(2), batches(), "cpu", progress=False), ValueError, r"logits.*not \(2,\)"),
     (lambda: v.test_cnn(Wrong(3, 10), batches(), "cpu", progress=False), ValueError, r"not \(3, 10\)"),
     (lambda: v.predict(Wrong(2, 5), batches(labels=LABELS + 5), "cpu"), ValueError, "at least 6 classes"),
+    (lambda: v.test_cnn(NET, [], "cpu"), ValueError, "no batches"),
+    (lambda: v.test_cnn(NET, iter([]), "cpu"), ValueError, "no batches"),
+    (lambda: v.predict(NET, [], "cpu"), ValueError, "no batches"),
+    (lambda: v.predict(NET, iter([]), "cpu"), ValueError, "no batches"),
     (lambda: v.predict(NET, 3, "cpu"), TypeError, "data_loader=3"),
     # keeping
     (lambda: v.save_model("net", "net.pt"), TypeError, "model='net'"),

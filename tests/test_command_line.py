@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Breaking
 
 import velasoka
 
@@ -15,7 +16,7 @@ MODULE = Path(velasoka.__file__)
 
 @pytest.fixture
 def run(monkeypatch, pictures, capsys):
-    """Runs the command line on few pictures with small models; gives exit status, output and errors."""
+    """Runs the command line on a few pictures with small models; returns exit status, output and errors."""
     monkeypatch.setattr(velasoka, "get_synthetic_dataset", lambda: pictures)
     small = {name: lambda model=model: model(fm_size=2) for name, model in velasoka.MODELS.items()}
     monkeypatch.setattr(velasoka, "MODELS", small)
@@ -49,14 +50,14 @@ def test_synthetic_pictures_are_called_so_in_every_line(run):
 
 def test_without_data_and_network_it_says_why_and_goes_on_with_synthetic_pictures(run, no_network):
     status, printed, _ = run()
-    assert status == 1  # nobody learns to 80% from so few pictures
+    assert status == 1  # 200 pictures are too few to learn that much from
     for url in velasoka.CIFAR10_MIRRORS:
         assert re.search(re.escape(url) + ".*no route", printed)
     assert "target of 80% is missed" in printed.splitlines()[-1]
     assert "not CIFAR-10" in printed.splitlines()[-1]
 
 
-def test_the_same_happens_where_no_data_folder_can_be_made(run, no_network):
+def test_the_same_happens_if_the_data_folder_cannot_be_made(run, no_network):
     Path("data").touch()
     status, printed, _ = run("--epochs", "1")
     assert status == 0
@@ -116,17 +117,16 @@ def test_the_options_reach_the_loader(run, monkeypatch):
 
 
 def test_an_interrupt_keeps_the_checkpoint_to_resume_from(run, monkeypatch, tmp_path):
-    train_cnn, calls = velasoka.train_cnn, []
+    get_loaders = velasoka.get_cifar10_data_loader
 
-    def interrupted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return train_cnn(*args, **kwargs)
+    def breaking(*args, **options):
+        train, test = get_loaders(*args, **options)
+        return Breaking(train, KeyboardInterrupt(), at=len(train) + 1), test
 
     arguments = ("--synthetic", "--epochs", "3", "--checkpoint", str(tmp_path / "run.pt"))
-    monkeypatch.setattr(velasoka, "train_cnn", interrupted)
-    status, printed, errors = run(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(velasoka, "get_cifar10_data_loader", breaking)
+        status, printed, errors = run(*arguments)
     assert status == 130
     assert "interrupted in epoch 2 of 3" in errors
     assert "interrupted" in printed.splitlines()[-1]

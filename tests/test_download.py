@@ -1,15 +1,16 @@
-"""What can go wrong while CIFAR-10 is fetched: a test for each row, named after it.
+"""What can go wrong while CIFAR-10 is fetched: a test for each row, or a case of one, named after it.
 
 fault                               what the user sees                       what is kept
 ----------------------------------  ---------------------------------------  ------------------------------------
 refused, missing, no such host      the next source, in the end its reason   what other sources have sent
 a login page instead of the file    the next source, in the end its reason   what other sources have sent
-a certificate nobody vouches for    the next source, in the end its reason   what other sources have sent
+a certificate that is not trusted   the next source, in the end its reason   what other sources have sent
 a source that stalls                the next source after 10 s               what it had sent
 a source that crawls                the next source after 15 s               what it had sent
 all sources crawl                   the fastest goes on                      what they had sent
 a source that breaks off            the next source                          what it had sent
 wrong bytes                         the next source                          what was there before
+a file of another size              the next source, in the end its size     what other sources have sent
 a part file of something else       a fetch from the start                   nothing of it
 a server that cannot go on midway   a fetch from the start                   what was there, until it is overtaken
 interrupted or killed               the next call goes on                    what had been sent
@@ -29,13 +30,28 @@ import ssl
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import Breaking
+from filelock import FileLock, Timeout
 
 import velasoka
 
-ARCHIVE, FOLDER = "cifar-10-python.tar.gz", "cifar-10-batches-py"
+ARCHIVE, PART, FOLDER = "cifar-10-python.tar.gz", "cifar-10-python.tar.gz.part", "cifar-10-batches-py"
+SIZE, HALF, GOOD = 140_000, 70_000, 139_900  # bytes of the tiny archive: all, half, and what a part file may hold
+MIDWAY = pytest.approx(HALF, abs=HALF - 1)  # any place but the start and the end
+
+
+@contextlib.contextmanager
+def serving(handler, context=None):
+    """A server on loopback, with TLS if there is a `context`."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True) if context else server.socket
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 @pytest.fixture
@@ -47,9 +63,10 @@ def archive(batches_folder, tmp_path, monkeypatch):
         tar.add(folder, arcname=folder.name)
         tar.add(folder / "test_batch", arcname=f"{folder.name}/../../outside")
         tar.add(folder / "test_batch", arcname="/tmp/absolute_outside")  # noqa: S108
+    path.write_bytes(path.read_bytes().ljust(SIZE, b"\0"))  # gzip allows zeros at the end
     digest = velasoka.datasets.utils.calculate_md5
     monkeypatch.setattr(velasoka, "_ARCHIVE_MD5", digest(path))
-    monkeypatch.setattr(velasoka, "_ARCHIVE_SIZE", path.stat().st_size)
+    monkeypatch.setattr(velasoka, "_ARCHIVE_SIZE", SIZE)
     for word, names in (("train_list", [f"data_batch_{i}" for i in range(1, 6)]), ("test_list", ["test_batch"])):
         monkeypatch.setattr(velasoka.datasets.CIFAR10, word, [[name, digest(folder / name)] for name in names])
     shutil.rmtree(folder)
@@ -71,11 +88,11 @@ def mirror(archive):
                 self.answer(200, b"<html>Sign in</html>", **{"Content-Type": "text/html; charset=utf-8"})
             elif self.path == "missing":
                 self.answer(404)
-            elif start >= len(content) and self.path != "rangeless":
+            elif start >= SIZE and self.path != "rangeless":
                 self.answer(416)
             else:
                 start = 0 if self.path == "rangeless" else start
-                body = content[start:] if self.path != "wrong" else bytes(len(content) - start)
+                body = {"wrong": b"?" * SIZE, "longer": content + b"?"}.get(self.path, content)[start:]
                 with contextlib.suppress(OSError):  # the other side may hang up
                     self.answer(206 if start else 200, body)
 
@@ -85,7 +102,7 @@ def mirror(archive):
                 self.send_header(name, value)
             self.end_headers()
             if self.path in ("half", "stall"):
-                self.wfile.write(body[: max(0, len(body) - archive.stat().st_size // 2)])
+                self.wfile.write(body[: max(0, len(body) - HALF)])
                 closing.wait(5 if self.path == "stall" else 0)
             elif self.path.startswith("crawl"):
                 for chunk in (body[i : i + 1000] for i in range(0, len(body), 1000)):
@@ -98,20 +115,17 @@ def mirror(archive):
             pass
 
     asked, closing = [], threading.Event()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.address = asked, f"http://127.0.0.1:{server.server_port}/"
-    server.urls = lambda *paths: [server.address + path for path in paths]
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield server
-    closing.set()
-    server.shutdown()
-    server.server_close()
+    with serving(Handler) as server:
+        server.asked = asked
+        server.urls = lambda *paths: [f"http://127.0.0.1:{server.server_port}/{path}" for path in paths]
+        yield server
+        closing.set()
 
 
 @pytest.fixture
 def impatient(monkeypatch):
     """The limits, 10 s of silence and 200 kB/s over 15 s, made small enough for a test."""
-    limits = {"timeout": 0.3, "speed": 1_000_000, "window": 0.1}
+    limits = {"timeout": 0.5, "speed": 250_000, "window": 0.3}
     monkeypatch.setattr(velasoka, "_fetch_archive", functools.partial(velasoka._fetch_archive, **limits))
 
 
@@ -119,11 +133,58 @@ def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_takes_the_first_source_that_delivers(mirror, tmp_path):
-    folder = velasoka.download_cifar10(tmp_path / "new", mirrors=mirror.urls("missing", "whole", "rangeless"))
-    assert len(names_in(folder)) == 6
-    assert names_in(folder.parent) == [FOLDER, ARCHIVE]
-    assert mirror.asked == [("missing", 0), ("whole", 0)]
+def case(name, mirrors, *starts, then="", before=0, fails=None, kept=0):
+    """A row of the table below.
+
+    `starts`: from which byte on each of the `mirrors` is asked, and `then` each of those. `before`: the part file, as
+    its content or as a number of bytes of the archive. `fails`: what is said; the part file then has `kept` bytes.
+    """
+    asked = f"{mirrors} {then}".replace("login", "login page").split()[: len(starts)]  # /login sends on to /page
+    asked = [*zip(asked, starts, strict=True)]
+    return pytest.param(mirrors.split(), asked, before, fails, kept or before, id=name)
+
+
+@pytest.mark.parametrize(
+    ("mirrors", "asked", "before", "fails", "kept"),
+    [
+        case("the first source that delivers", "missing whole rangeless", 0, 0),
+        case("a source that stalls or breaks off", "stall half whole", 0, HALF, HALF),
+        case("all sources break off", "half missing", 0, HALF, fails="broke off", kept=HALF),
+        case("a source that crawls", "crawl20000 whole", 0, MIDWAY),
+        case("all sources crawl", "crawl20000 crawl200000 missing", 0, MIDWAY, MIDWAY, MIDWAY, then="crawl200000"),
+        case("wrong bytes after good ones", "half wrong login whole", 0, HALF, HALF, HALF, HALF),
+        case(
+            "only wrong bytes", "wrong missing wrong", *[GOOD] * 3, 0, 0, then="wrong wrong", before=GOOD, fails="md5"
+        ),
+        case("a file of another size", "longer", 0, fails="offers 140,001 bytes, the archive has 140,000"),
+        case("a part file of something else", "whole", 100, 0, then="whole", before=b"?" * 100),
+        case("a part file that is too long", "whole", 10**6, 0, then="whole", before=b"?" * 10**6),
+        case("a part file that is whole", "whole", before=SIZE),
+        case("a server that cannot go on midway", "rangeless", GOOD, before=GOOD),
+    ],
+)
+def test_mirrors_are_asked_in_turn_and_what_they_have_sent_is_kept(
+    mirrors, asked, before, fails, kept, mirror, archive, tmp_path, capsys, request
+):
+    root, whole, start = tmp_path / "new", archive.read_bytes(), time.perf_counter()
+    root.mkdir()
+    if before:
+        (root / PART).write_bytes(whole[:before] if isinstance(before, int) else before)
+    if mirrors[0] in ("stall", "crawl20000"):
+        request.getfixturevalue("impatient")
+    with pytest.raises(ConnectionError, match=fails) if fails else contextlib.nullcontext():
+        assert len(names_in(velasoka.download_cifar10(root, mirrors=mirror.urls(*mirrors)))) == 6
+    assert mirror.asked == asked
+    starts = [start for _, start in mirror.asked]
+    assert mirrors[0] != "crawl20000" or starts == sorted(starts)
+    assert "127.0.0.1" in capsys.readouterr().out or fails or not asked  # the bar names the source
+    left = ({PART: whole[:kept]} if kept else {}) if fails else {ARCHIVE: whole, FOLDER: None}
+    assert {path.name: None if path.is_dir() else path.read_bytes() for path in root.iterdir()} == left  # no .lock
+    assert time.perf_counter() - start < 4  # a source that stalls would hang up after 5 s
+
+
+def test_the_limits_are_ten_seconds_of_silence_and_200_kb_a_second_over_fifteen():
+    assert velasoka._fetch_archive.__kwdefaults__ == {"timeout": 10, "speed": 200_000, "window": 15}
 
 
 def test_refused_missing_a_login_page_and_wrong_bytes_are_named_with_the_way_out(mirror, tmp_path):
@@ -160,115 +221,44 @@ XrJnBFEyFPy6y4KZLTAsqc34ZjE=
 """  # self-signed, for 127.0.0.1, and its key: of no use elsewhere
 
 
-def test_a_certificate_nobody_vouches_for_is_refused(archive, tmp_path):
+def test_a_certificate_that_is_not_trusted_is_refused(archive, tmp_path):
     (tmp_path / "server.pem").write_text(CERTIFICATE)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "server.pem")
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    with pytest.raises(ConnectionError, match="CERTIFICATE_VERIFY_FAILED"):
-        velasoka.download_cifar10(
-            tmp_path / "new", mirrors=[f"https://127.0.0.1:{server.server_port}/served/{ARCHIVE}"]
-        )
-    server.shutdown()
-    server.server_close()
+    with serving(http.server.SimpleHTTPRequestHandler, context) as server:
+        url = f"https://127.0.0.1:{server.server_port}/served/{ARCHIVE}"
+        with pytest.raises(ConnectionError, match="CERTIFICATE_VERIFY_FAILED"):
+            velasoka.download_cifar10(tmp_path / "new", mirrors=[url])
 
 
-def test_a_source_that_stalls_or_breaks_off_is_left_and_the_next_goes_on(impatient, mirror, archive, tmp_path):
-    half, start = archive.stat().st_size - archive.stat().st_size // 2, time.perf_counter()
-    velasoka.download_cifar10(tmp_path, mirrors=mirror.urls("stall", "half", "whole"))
-    assert time.perf_counter() - start < 4  # the stalled source would hang up after 5 s
-    assert mirror.asked == [("stall", 0), ("half", half), ("whole", half)]
+def test_interrupted_or_killed_it_leaves_no_lock_and_the_next_call_goes_on(mirror, tmp_path, monkeypatch):
+    root, urlopen = tmp_path / "new", velasoka.urllib.request.urlopen
 
+    def interrupted(*args, **options):
+        with pytest.raises(Timeout):  # no other process may fetch into the folder now
+            FileLock(root / ".lock", timeout=0).acquire()
+        reply = urlopen(*args, **options)
+        chunks = iter(Breaking([reply.read1(1000), b""], KeyboardInterrupt(), at=1))
+        reply.read1 = lambda size: next(chunks)
+        return reply
 
-def test_a_source_that_crawls_is_left_while_there_is_another(impatient, mirror, tmp_path):
-    velasoka.download_cifar10(tmp_path, mirrors=mirror.urls("crawl50000", "whole"))
-    (_, start), (last, resumed) = mirror.asked
-    assert (start, last) == (0, "whole")
-    assert resumed > 0
-
-
-def test_when_all_crawl_the_fastest_is_taken_up_again(impatient, mirror, tmp_path, capsys):
-    velasoka.download_cifar10(tmp_path, mirrors=mirror.urls("crawl50000", "crawl200000", "missing"))
-    assert [path for path, _ in mirror.asked] == ["crawl50000", "crawl200000", "missing", "crawl200000"]
-    assert [start for _, start in mirror.asked] == sorted(start for _, start in mirror.asked)
-    assert "127.0.0.1" in capsys.readouterr().out  # the bar names the source
-    assert (tmp_path / FOLDER).is_dir()
-
-
-def test_the_limits_are_ten_seconds_of_silence_and_200_kb_a_second_over_fifteen():
-    assert velasoka._fetch_archive.__kwdefaults__ == {"timeout": 10, "speed": 200_000, "window": 15}
-
-
-def test_the_next_call_goes_on_where_the_last_one_was_interrupted(mirror, archive, tmp_path, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    half = archive.stat().st_size - archive.stat().st_size // 2
-    with pytest.raises(ConnectionError, match="broke off"):
-        velasoka.download_cifar10(tmp_path, mirrors=mirror.urls("half"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(velasoka, "check_integrity", interrupted)
-        velasoka.download_cifar10(tmp_path, mirrors=mirror.urls("whole"))
-    (tmp_path / f".{FOLDER}.part").mkdir()  # what a process killed while unpacking leaves
-    velasoka.download_cifar10(tmp_path, mirrors=mirror.urls("whole"))
-    assert mirror.asked[1:] in ([("whole", half)], [("whole", half), ("whole", half)])
-    assert names_in(tmp_path / FOLDER) == sorted([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"])
-
-
-def test_wrong_bytes_do_not_spoil_what_was_there_before(mirror, archive, tmp_path):
-    half = archive.stat().st_size - archive.stat().st_size // 2
-    velasoka.download_cifar10(tmp_path, mirrors=mirror.urls("half", "wrong", "login", "whole"))
-    assert mirror.asked == [("half", 0), ("wrong", half), ("login", half), ("page", half), ("whole", half)]
-
-
-def test_nothing_good_is_lost_where_all_that_is_left_sends_wrong_bytes(mirror, archive, tmp_path):
-    part, good = tmp_path / f"{ARCHIVE}.part", archive.read_bytes()[:-100]
-    part.write_bytes(good)
-    with pytest.raises(ConnectionError, match="md5"):
-        velasoka.download_cifar10(tmp_path, mirrors=mirror.urls("wrong", "missing", "wrong"))
-    assert part.read_bytes() == good
-    assert [start for _, start in mirror.asked] == [len(good)] * 3 + [0, 0]
-    assert names_in(tmp_path) == [f"{ARCHIVE}.part", "served"]
-
-
-def test_a_file_of_another_size_is_not_begun(mirror, archive, tmp_path, monkeypatch):
-    monkeypatch.setattr(velasoka, "_ARCHIVE_SIZE", archive.stat().st_size + 1)
-    with pytest.raises(ConnectionError, match=f"offers {archive.stat().st_size:,} bytes, the archive has "):
-        velasoka.download_cifar10(tmp_path, mirrors=mirror.urls("whole"))
-
-
-@pytest.mark.parametrize("content", [b"?" * 100, b"?" * 10**6, None])
-def test_a_part_that_is_wrong_or_whole_does_not_stand_in_the_way(content, mirror, archive, tmp_path):
-    part = tmp_path / f"{ARCHIVE}.part"
-    part.write_bytes(archive.read_bytes() if content is None else content)
-    velasoka.download_cifar10(tmp_path, mirrors=mirror.urls("whole"))
-    assert [start for _, start in mirror.asked] == ([] if content is None else [len(content), 0])
-    assert names_in(tmp_path / FOLDER)
-    assert not part.exists()
-
-
-def test_a_server_that_cannot_go_on_midway_sends_all_and_nothing_is_lost(mirror, archive, tmp_path):
-    part, content = tmp_path / f"{ARCHIVE}.part", archive.read_bytes()
-    part.write_bytes(content[:-10])
-    velasoka.download_cifar10(tmp_path, mirrors=mirror.urls("rangeless"))
-    assert (tmp_path / ARCHIVE).read_bytes() == content
-    assert mirror.asked == [("rangeless", len(content) - 10)]
+        patch.setattr(velasoka.urllib.request, "urlopen", interrupted)
+        velasoka.download_cifar10(root, mirrors=mirror.urls("whole"))
+    assert names_in(root) == [PART]
+    received = (root / PART).stat().st_size
+    (root / f".{FOLDER}.part").mkdir()  # what a process killed while unpacking leaves
+    folder = velasoka.download_cifar10(root, mirrors=mirror.urls("whole"))
+    assert mirror.asked == [("whole", 0), ("whole", received)]
+    assert received > 0
+    assert names_in(folder) == sorted([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"])
+    assert names_in(root) == [FOLDER, ARCHIVE]
 
 
 def test_of_two_at_once_one_fetches_and_both_end_well(mirror, tmp_path):
-    found = []
-    both = [
-        threading.Thread(
-            target=lambda: found.append(velasoka.download_cifar10(tmp_path, mirrors=mirror.urls("crawl200000")))
-        )
-        for _ in range(2)
-    ]
-    for one in both:
-        one.start()
-    for one in both:
-        one.join()
+    with ThreadPoolExecutor() as pool:
+        urls = mirror.urls("crawl200000")
+        found = list(pool.map(lambda _: velasoka.download_cifar10(tmp_path, mirrors=urls), range(2)))
     assert found == [tmp_path / FOLDER] * 2
     assert mirror.asked == [("crawl200000", 0)]
 
@@ -319,7 +309,7 @@ def test_a_copy_on_a_read_only_disk_is_used_and_hashed_once(archive, hashed, tmp
 
 def test_what_was_fetched_is_hashed_once(mirror, hashed, tmp_path):
     velasoka.download_cifar10(tmp_path, mirrors=mirror.urls("whole"))
-    assert hashed == [f"{ARCHIVE}.part"]
+    assert hashed == [PART]
 
 
 def test_an_archive_in_the_folder_is_used_without_a_network(archive):

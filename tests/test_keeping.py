@@ -73,7 +73,7 @@ def test_a_missing_file_is_named(model):
         velasoka.load_model(model, "net.pt")
 
 
-def test_drive_path_warns_only_where_the_drive_is_not_mounted(monkeypatch):
+def test_drive_path_warns_only_if_the_drive_is_not_mounted(monkeypatch):
     path = "/content/gdrive/My Drive/Colab Notebooks/EVA4/Session-7/net.pt"
     with pytest.warns(UserWarning, match="not mounted"):
         assert velasoka.get_drive_path("Session-7", "net.pt") == path

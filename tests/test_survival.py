@@ -20,6 +20,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def small_run(device, error=None, at=None, **options):
     return train(model, (first, loaders[1]), device, 3, **options), model, loaders[1]
 
 
-def test_an_interrupt_gives_back_the_history_and_the_best_weights(model, loaders, device):
+def test_an_interrupt_returns_the_history_and_the_best_weights(model, loaders, device):
     breaking = Breaking(loaders[0], KeyboardInterrupt(), at=len(loaders[0]) + 2)
     with pytest.warns(UserWarning, match="interrupted in epoch 2 of 3"):
         history = train(model, (breaking, loaders[1]), device, 3)
@@ -64,7 +65,7 @@ def test_an_interrupt_gives_back_the_history_and_the_best_weights(model, loaders
 
 
 def interrupted(call, moment=None):
-    """What `call` gives where it is interrupted before the `moment`-th line of velasoka.py once training has begun.
+    """What `call` returns if it is interrupted before the `moment`-th line of velasoka.py once training has begun.
 
     Also the name of the function that each of those lines is in.
     """
@@ -88,7 +89,9 @@ def interrupted(call, moment=None):
 
 
 @pytest.mark.filterwarnings("ignore:interrupted")
-def test_interrupted_at_any_moment_nothing_is_lost_and_resume_ends_as_if_nothing_had_happened(device):
+def test_interrupted_at_any_moment_nothing_is_lost_and_resume_ends_as_if_nothing_had_happened(device, monkeypatch):
+    ticks = itertools.count(step=0.3)  # seconds: the counts are read at the same lines in every run
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
     whole, model, _ = small_run(device)
     weights, run = weights_of(model), lambda: small_run(device, checkpoint_path="run.pt")
     _, lines = interrupted(run)

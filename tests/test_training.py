@@ -66,7 +66,7 @@ def test_the_notebook_cell_of_the_first_version_runs_unchanged(pictures, device,
     assert torch.equal(weights_of(velasoka.load_model(Net(), saved)), weights_of(net))
 
 
-def test_star_import_gives_the_whole_interface():
+def test_star_import_brings_the_whole_interface():
     assert test_cnn is velasoka.test_cnn  # noqa: F405
     assert test_cnn.__test__ is False  # noqa: F405
     public = {name for name, value in vars(velasoka).items() if callable(value) and value.__module__ == "velasoka"}
@@ -119,16 +119,6 @@ def test_takes_any_iterable_of_batches(loader, device):
     assert [result.total for result in history.train + history.test] == [10] * 4
 
 
-@pytest.mark.parametrize("batches", [[], iter([])])
-def test_no_batches_is_an_error(batches, model, device):
-    with pytest.raises(ValueError, match="no batches"):
-        velasoka.test_cnn(model, batches, device, **QUIET)
-    with pytest.raises(ValueError, match="no batches"):
-        velasoka.predict(model, batches, device)
-    with pytest.raises(ValueError, match="no batches"):
-        train(model, (batches, batches), device)
-
-
 # --- Testing ---
 
 
@@ -150,7 +140,7 @@ def test_the_mode_comes_back_after_an_error_too(model, device):
     assert model.training
 
 
-def test_predict_gives_what_test_counts_in_order(model, loaders, device):
+def test_predict_returns_what_test_counts_in_order(model, loaders, device):
     logits, labels = velasoka.predict(model, loaders[1], device)
     assert logits.shape == (70, 10)
     assert logits.dtype == torch.float32
@@ -171,12 +161,6 @@ def test_tta_averages_six_views(device):
 
 
 # --- Epochs and schedule ---
-
-
-@pytest.mark.parametrize("epochs", [0, -1, 1.5, "2"])
-def test_a_wrong_number_of_epochs_is_named(epochs, model, loaders, device):
-    with pytest.raises(ValueError, match=f"epochs={epochs!r}"):
-        train(model, loaders, device, epochs)
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
@@ -382,7 +366,6 @@ def test_label_smoothing_lowers_the_target():
 @pytest.mark.parametrize("shape", [(16, 8, 3, 3), (32, 3, 3, 3), (8, 4, 1, 1)])
 def test_a_step_is_made_orthogonal_whatever_its_shape_and_however_small(shape, dtype, device, monkeypatch):
     monkeypatch.setattr(velasoka, "_precision", lambda device: dtype)
-    torch.manual_seed(0)
     filters = 1e-6 * torch.randn(shape, device=device)
     result = velasoka._orthogonalise(filters, steps=5)
     values = torch.linalg.svdvals(result.flatten(1))
@@ -424,15 +407,17 @@ def test_muon_moves_each_kind_of_parameter_at_its_own_pace(model):
 
 
 @pytest.mark.parametrize(
-    "model",
+    "layers",
     [
-        nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)),
-        nn.Sequential(nn.Conv2d(3, 10, 32), nn.Flatten()),
-        nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.Conv2d(6, 4, 1), nn.Flatten(), nn.Linear(3600, 10)),
-        nn.Sequential(nn.Conv2d(3, 4, 3).requires_grad_(False), nn.Flatten(), nn.Linear(3600, 10)),
+        lambda: (nn.Flatten(), nn.Linear(3072, 10)),
+        lambda: (nn.Conv2d(3, 10, 32), nn.Flatten()),
+        lambda: (nn.Conv2d(3, 6, 3, groups=3), nn.Conv2d(6, 4, 1), nn.Flatten(), nn.Linear(3600, 10)),
+        lambda: (nn.Conv2d(3, 4, 3).requires_grad_(False), nn.Flatten(), nn.Linear(3600, 10)),
     ],
+    ids=["no convolution", "only convolutions", "depthwise", "frozen"],
 )
-def test_muon_takes_any_model_and_leaves_frozen_parameters_alone(model, device):
+def test_muon_takes_any_model_and_leaves_frozen_parameters_alone(layers, device):
+    model = nn.Sequential(*layers())
     before = [parameter.detach().clone() for parameter in model.parameters()]
     train(model, (random_batches(), random_batches()), device, 1)
     for old, new in zip(before, model.parameters(), strict=True):
