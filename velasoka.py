@@ -70,7 +70,6 @@ load_model get_drive_path show_images show_misclassified plot_history plot_confu
 
 SEED = 6
 MAX_PARAMETERS = 1_000_000  # the assignment's limit
-
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # of the 50,000 training images, by channel, with pixels from 0 to 1
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -1133,8 +1132,6 @@ def download_cifar10(root="./data", *, mirrors=CIFAR10_MIRRORS):
     Raises ConnectionError naming each source with its reason, ValueError if a folder of that name holds something else,
     OSError if the disk is full or `root` cannot be written.
     """
-    are_urls = isinstance(mirrors, (list, tuple)) and all(isinstance(url, str) for url in mirrors)
-    _require(are_urls, "mirrors", mirrors, "a list of URLs", TypeError)
     root = Path(root)
     folder, archive = root / _BATCHES, root / _ARCHIVE
     if not folder.exists():
@@ -1571,6 +1568,7 @@ _CHECKS = {  # of arguments, by name, which means the same in every function; fi
     "model": _must(lambda value: isinstance(value, nn.Module), "a torch.nn.Module (an instance, not its class)"),
     "optimizer": _check_optimizer,
     "loss_fn": _must(lambda value: callable(value) and not isinstance(value, type), "a function of logits and labels"),
+    "mirrors": _must(lambda value: isinstance(value, (list, tuple)) and {*map(type, value)} <= {str}, "a list of URLs"),
     "data_loader": _must(lambda value: isinstance(value, Iterable), "an iterable of batches"),
     "device": _check_device,
 }
