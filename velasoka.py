@@ -12,8 +12,8 @@ The shortest useful program::
     optimizer, loss_fn = velasoka.get_muon_optimizer(model), velasoka.get_ce_loss()
     history = velasoka.start_cnn(model, optimizer, loss_fn, data_loader, device, epochs=3)
 
-Part one is training, in the order in which an image meets it: device, models, loader, optimiser, loop. Part two makes
-it a library, one section for each concern; the arguments of every function are checked there. Accuracy is in percent.
+Part one is training: device, models, loader, optimiser, loop. Part two makes it a library, one section a concern; the
+arguments of every public function are checked there. Accuracy is in percent.
 """
 
 import argparse
@@ -83,11 +83,11 @@ CIFAR10_MIRRORS = (  # byte-identical copies; the official host, often very slow
 # The recipe. Each number was chosen on training images held out of training; benchmarks/README.md has the runs.
 _BATCH_SIZE = 64  # images a step; 32 and 128 were no better
 _PEAK_LR = 0.05  # of the schedule; ten epochs lose 0.4 points with 0.025 and 1.3 with 0.1
-_WARM_UP = 0.02  # share of the steps in which the learning rate rises; then it falls to zero, which is worth 17 points
+_WARM_UP = 0.02  # share of the steps in which the learning rate rises; then it falls to zero: 17 points over a constant
 _MUON_MOMENTUM, _SGD_MOMENTUM = 0.8, 0.9  # Muon was no better with 0.6 and worse with 0.9
 _NEWTON_SCHULZ_STEPS = 3  # as in airbench94_muon
-_FAST, _OTHER = 20, 2  # × the learning rate: norm biases and depthwise filters; what else is not Muon's
-_WEIGHT_DECAY = 5e-4  # of `get_sgd_optimizer`; Muon's parameters gain nothing from any
+_FAST, _OTHER = 20, 2  # × the learning rate: norm biases and depthwise filters; everything else that is not Muon's
+_WEIGHT_DECAY = 5e-4  # of `get_sgd_optimizer`; with Muon no weight decay helped
 _LABEL_SMOOTHING = 0.1  # 0.05 and 0.2 were no better
 _MAX_SHIFT = 2  # pixels by which training images are moved; 4 was worse
 
@@ -103,7 +103,7 @@ def get_available_device():
 
 @functools.cache
 def _precision(device):
-    """The dtype that `device` multiplies fastest; emulated bfloat16 (a T4's) and the CPU's float16 are slow."""
+    """The dtype to compute in on `device`, the fastest; emulated bfloat16 (a T4's) and the CPU's float16 are slow."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
@@ -111,9 +111,9 @@ def _precision(device):
 
 
 def _autocast(device):
-    """Mixed precision for what runs inside: convolutions in `_precision(device)`, the sensitive rest in float32."""
+    """Mixed precision for what runs inside: convolutions in `_precision(device)`, weights and norms in float32."""
     dtype = _precision(device)
-    # without a cache of cast weights, in which an interrupt could leave old ones
+    # no cache of cast weights: after an interrupt it could hold old ones
     return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype, cache_enabled=False)
 
 
@@ -184,7 +184,7 @@ MODELS = {"simple": SimpleModel, "dilated": DilatedModel, "dilated-depthwise": D
 
 
 def _block(*stages):
-    """All stages; a max-pool halves the side before the last norm and ReLU: faster, and more accurate (airbench)."""
+    """The stages, with a max-pool before the last norm and ReLU, where it is cheaper and more accurate (airbench)."""
     *layers, norm, relu = (layer for stage in stages for layer in stage)
     return nn.Sequential(*layers, nn.MaxPool2d(2, ceil_mode=True), norm, relu)
 
@@ -197,16 +197,15 @@ def _conv(in_channels, out_channels, kernel_size, dilation=1, mirrored=(0, 1, 3)
 
 
 def _mirrored(layer, dims=(0, 1, 3)):
-    """`layer`, made mirror-equivariant.
+    """`layer`, made mirror-equivariant: flip its input and reverse the input's channels, and so is its output.
 
-    That is, flip its input left to right and reverse the input's channels, and its output is flipped and reversed too.
     For that its weight, output channels × input channels × rows × columns, must equal itself flipped along `dims`
     (colours and classes have no mirror image, so the first and the last layer leave these out). The weight starts so
     and its gradient is kept so: the mean of what an image and its mirror image would give, for the price of one.
     Group-equivariant networks, Cohen and Welling, https://arxiv.org/abs/1602.07576.
     """
     layer.mirrored = dims
-    nn.init.zeros_(layer.bias)
+    nn.init.zeros_(layer.bias)  # which is symmetric
     if layer.weight.ndim == 4:
         with torch.no_grad():
             layer.weight.add_(layer.weight.flip(dims)).div_(2**0.5)  # √2 keeps the variance
@@ -229,9 +228,9 @@ def get_cifar10_data_loader(dataset, batch_size=_BATCH_SIZE, *, device=None, aug
 
     The whole data set lies on `device` (default: the fastest there is) as uint8 (184 MB for CIFAR-10) and batches are
     made there, normalised with the mean and std of the dataset's `Normalize` transform; other transforms are left out.
-    The train loader shuffles and, with `augment`, flips and shifts anew in every epoch; the test loader keeps order.
-    Told that an epoch is the first (`dataset.set_epoch(0)`, which `start_cnn` calls), it only flips: images need no
-    shift before they come again. The same `seed` gives the same batches, on every device, whatever else draws numbers.
+    The train loader shuffles and, with `augment`, flips images and shifts them by up to 2 pixels at random, but after
+    `train_loader.dataset.set_epoch(0)`, which `start_cnn` calls, only flips: images seen for the first time need no
+    shift. The test loader keeps the order. The same `seed` gives the same batches, whatever the device.
 
     A dataset is one of this module's, one like torchvision's `CIFAR10`, or a `torch.utils.data.Subset` of either.
     Batches are laid out channels_last, so a `forward` of your own needs `flatten` or `reshape` rather than `view`.
@@ -252,12 +251,11 @@ class _DeviceDataset(Dataset):
         self.images, self.labels = images.to(device), labels.to(device)
         self.mean, self.std = (255 * mean).to(device), (255 * std).to(device)  # for pixels from 0 to 255
         self.suffix, self.augment, self.generator = suffix, augment, generator
-        self.epoch = None  # unknown
-        rows, columns = (  # which pixels a shift shows, the border reflected: a row for each shift
-            torch.from_numpy(np.pad(np.arange(size), _MAX_SHIFT, mode="reflect")).unfold(0, size, 1)
-            for size in images.shape[1:3]
-        )
-        self.rows, self.columns = rows.to(device), torch.cat([columns, columns.flip(1)]).to(device)  # 5×H, 10×W
+        self.epoch = None  # unknown: images are shifted
+        padded = [np.pad(np.arange(size), _MAX_SHIFT, mode="reflect") for size in images.shape[1:3]]
+        rows, columns = (torch.from_numpy(p).unfold(0, len(p) - 2 * _MAX_SHIFT, 1) for p in padded)
+        # line i of these tables: the rows (columns) of an image that a shift by i − 2 shows, the border reflected
+        self.rows, self.columns = rows.to(device), torch.cat([columns, columns.flip(1)]).to(device)  # then all flipped
 
     def set_epoch(self, epoch):
         """Set the number of the next epoch, from 0, as for torch's samplers; in the first no image is shifted."""
@@ -273,12 +271,12 @@ class _DeviceDataset(Dataset):
     def __getitems__(self, indices):
         """A whole batch, nothing left to collate: images N×3×H×W, channels_last, and labels N."""
         shape = (len(indices),)
-        down, across, flip = torch.full(shape, _MAX_SHIFT), torch.full(shape, _MAX_SHIFT), torch.zeros(shape).long()
+        down = across = torch.full(shape, _MAX_SHIFT)  # the middle of the tables: no shift
         if self.augment and self.epoch != 0:
             down, across = torch.randint(2 * _MAX_SHIFT + 1, (2, *shape), generator=self.generator)
-        if self.augment:
-            flip = torch.randint(2, shape, generator=self.generator)
-        chosen = torch.stack([torch.as_tensor(indices), down, across + len(self.rows) * flip])
+        if self.augment:  # the second half of `columns` is flipped
+            across = across + len(self.rows) * torch.randint(2, shape, generator=self.generator)
+        chosen = torch.stack([torch.as_tensor(indices), down, across])
         index, down, across = chosen.to(self.images.device, non_blocking=True)  # one small copy: the host does not wait
         images = self.images[index[:, None, None], self.rows[down][:, :, None], self.columns[across][:, None, :]]
         return ((images - self.mean) / self.std).permute(0, 3, 1, 2), self.labels[index]
@@ -314,21 +312,23 @@ class _Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum, whose groups marked `muon` move by orthogonal matrices.
 
     There the update of a filter bank, output channels × the rest, is orthogonalised: all its directions then learn at
-    the same pace, rare ones too, which takes fewer epochs than steps that a few directions dominate. The bank keeps the
-    norm √(output channels), so `lr` sets the angle it turns by. From Jordan et al., https://kellerjordan.github.io/posts/muon,
+    the same pace, rare ones too, which takes fewer epochs than steps that a few directions dominate. The bank is scaled
+    to norm √(output channels) first, so `lr` sets the angle it turns by. From Jordan et al., https://kellerjordan.github.io/posts/muon,
     as in https://github.com/KellerJordan/cifar10-airbench. (`torch.optim.Muon` takes matrices only.)
     """
 
-    _step_supports_amp_scaling = True  # `step` takes scaled gradients, so a `GradScaler` need not wait for the device
+    _step_supports_amp_scaling = (
+        True  # a `GradScaler` then calls `step` with its scale and whether there was an overflow
+    )
 
     def __init__(self, groups, lr, momentum):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "muon": False})
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step, in few launches: with a network this small a GPU waits for those, not for arithmetic.
+        """One step, in few kernel launches: a GPU takes longer to start kernels this small than to run them.
 
-        If a `GradScaler` found an overflow in the gradients, the step changes nothing, and the host need not know.
+        If the gradients overflowed in float16, no weight and no momentum changes, and the host does not wait to know.
         """
         with torch.enable_grad():
             loss = closure() if closure is not None else None
@@ -341,28 +341,28 @@ class _Muon(torch.optim.Optimizer):
 
     def _move(self, weights, lr, momentum, muon, **_):
         """Move the `weights` of one group."""
-        gradients, keep = _unscaled(self, [weight.grad for weight in weights])  # keep: 0 after an overflow, else 1
+        gradients, finite = _unscaled(self, [weight.grad for weight in weights])  # after an overflow all of them are 0
         buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
-        torch._foreach_mul_(buffers, momentum**keep)
+        torch._foreach_mul_(buffers, momentum**finite)  # × 1 after an overflow
         torch._foreach_add_(buffers, gradients)
         updates = torch._foreach_add(gradients, buffers, alpha=momentum)  # Nesterov: one step ahead
         if muon:
             updates = [_orthogonalise(update) for update in updates]
             norms = torch._foreach_norm(weights)
             torch._foreach_div_(norms, [len(weight) ** 0.5 for weight in weights])
-            torch._foreach_div_(weights, (torch.stack(norms).clamp(min=1e-7) ** keep).unbind())
-        torch._foreach_mul_(updates, lr * keep)
+            torch._foreach_div_(weights, (torch.stack(norms).clamp(min=1e-7) ** finite).unbind())
+        torch._foreach_mul_(updates, lr * finite)
         torch._foreach_sub_(weights, updates)
 
 
 def _orthogonalise(filters, steps=_NEWTON_SCHULZ_STEPS):
-    """The matrix nearest to `filters` (output channels × the rest) with all singular values near 1, in their shape.
+    """`filters` (output channels × the rest) with their singular values brought near 1, all but the smallest of them.
 
     Newton–Schulz iteration with the coefficients of Jordan et al., which trade exactness (0.7 to 1.2) for speed.
     """
     filters_last = filters.movedim(1, -1)  # O×H×W×I, as channels_last lies in memory, so that nothing is copied
     matrix = filters_last.flatten(1)
-    matrix = (matrix / (matrix.norm() + 1e-7)).to(_precision(filters.device))  # in this order: float16 has no 1e-8
+    matrix = (matrix / (matrix.norm() + 1e-7)).to(_precision(filters.device))  # small ones vanish in float16
     for _ in range(steps):
         gram = matrix @ matrix.T
         gram = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
@@ -416,7 +416,7 @@ class History:
 def train_cnn(model, data_loader, loss_fn, optimizer, device, *, scheduler=None, scaler=None, progress=True):
     """Train `model` for one epoch on any iterable of `(images N×3×H×W, labels N)` batches; return its `EpochResult`.
 
-    Computes in the mixed precision that suits `device` and steps `scheduler`, if given, after every batch. If that is
+    Steps `scheduler`, if given, after every batch, and computes in the mixed precision that suits `device`. If that is
     float16, pass the same `torch.amp.GradScaler` in each epoch (Micikevicius et al., https://arxiv.org/abs/1710.03740).
 
     Raises FloatingPointError naming the first batch whose loss was not finite, MemoryError naming the batch size if
@@ -436,7 +436,7 @@ def train_cnn(model, data_loader, loss_fn, optimizer, device, *, scheduler=None,
             scaler.scale(loss).backward()  # scaled only in float16, whose small gradients would be zero
             scaler.step(optimizer)
             scaler.update()
-            batches.step(scheduler)
+            batches.step_schedule(scheduler)
             batches.add(loss, logits, labels)
     return batches.result()
 
@@ -462,7 +462,7 @@ def test_cnn(model, data_loader, device, *, tta=False, progress=True):
 
 
 def _logits(model, images, tta):
-    """The float32 logits of `images`; with `tta` their mean over six views (airbench): mirrored or not, 3 places."""
+    """The float32 logits of `images`; with `tta` their mean over six views, mirrored or not, in 3 places (airbench)."""
     views = [images]
     if tta:
         padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
@@ -490,13 +490,13 @@ def start_cnn(
 
     `data_loader` is `(train, test)`, both iterables of `(images N×3×H×W, labels N)` batches. `scheduler` is stepped
     after every batch; without one the learning rate warms up from nearly zero to the optimiser's own and falls back to
-    nearly zero at the last batch. What has torch's `set_epoch` in the loaders is told each epoch; so the train loader
-    of `get_cifar10_data_loader` shifts images from the second on. Training stops once a test reaches `target_accuracy`.
+    nearly zero at the last batch. The number of each epoch, from 0, goes to every data set or sampler with `set_epoch`;
+    that of `get_cifar10_data_loader` shifts images from 1 on. Training stops once a test reaches `target_accuracy`.
 
     After every epoch everything the run needs is written to `checkpoint_path`; with `resume` the run continues from
-    there and ends as it would have without the break. An interrupt (Ctrl-C, the notebook's stop button) or a loss that
-    is not finite ends training with a warning, and the model holds its best weights so far: those of the best epoch;
-    before the first test, those it has after an interrupt, those it began with if the loss was not finite.
+    there and ends as it would have without the break. The model ends with the weights of the last epoch. An interrupt
+    (Ctrl-C, the notebook's stop button) or a loss that is not finite ends training with a warning and with the weights
+    of the best epoch; if there is none yet, an interrupt leaves the model as it is, the latter as it was at first.
 
     Raises ValueError or TypeError for an argument, a batch or a checkpoint that does not fit, before anything is
     trained if it can be seen by then; MemoryError naming the batch size if memory is exhausted.
@@ -506,6 +506,7 @@ def start_cnn(
     with run.surviving():
         run.begin(scheduler, resume)
         while not run.outcome():
+            run.set_epoch(len(run.history.test))
             if progress:
                 print(f"\nEPOCH: {len(run.history.test) + 1}{run.suffix}")
             options = {"scheduler": run.scheduler, "scaler": run.scaler, "progress": progress}
@@ -573,7 +574,7 @@ class _Pass(AbstractContextManager):
             classes = f"at least {self.max_label + 1} classes, as data_loader has labels"
             raise ValueError(f"model: logits of {self.batch_size} images × {classes} are needed, not {shape}")
 
-    def step(self, scheduler):
+    def step_schedule(self, scheduler):
         """Step `scheduler`, if there is one, but wait once for each step of the optimiser that the scaler skipped."""
         lag = getattr(self.scaler, "schedule_lag", 0)
         if lag:
@@ -676,7 +677,7 @@ def _start_momentum(optimizer, *_):
 
 
 def _unscaled(optimizer, gradients):
-    """`(gradients, keep)`: without the scale of a `GradScaler`, keep 1; all zero and 0 if it found an overflow."""
+    """`(gradients, finite)`: without a `GradScaler`'s scale, and 1; if it found an overflow, zeros and 0."""
     scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     if scale is not None:
         gradients = torch._foreach_div(gradients, scale)
@@ -731,6 +732,8 @@ class _Run:
                 why += "; try a lower learning rate" if diverged else ""
                 epoch = min(len(self.history.test) + 1, self.epochs)
                 warnings.warn(f"{self.history.status} in epoch {epoch} of {self.epochs}{why}", stacklevel=5)
+            finally:
+                self.set_epoch(max(1, len(self.history.test)))  # for whoever uses the loaders next
 
     def begin(self, scheduler, resume):
         """Check what can be checked, make what is missing, and continue from the checkpoint if there is one."""
@@ -753,7 +756,6 @@ class _Run:
             self.save()  # an interrupt in the first epoch can be resumed from, too
         if resume and self.progress:
             print(f"{self.path}: {len(self.history.test)} of {self.epochs} epochs are done{self.suffix}")
-        self.set_epoch(len(self.history.test))
 
     def dry_run(self):
         """Run one test batch now, so that a bad loader or model fails before training."""
@@ -797,7 +799,6 @@ class _Run:
             record, best = (test.accuracy, number), copy.deepcopy(self.model.state_dict())
         history = History([*history.train, train], [*history.test, test], "completed", *record)
         self.history, self.best = history, best  # in one statement, which no interrupt parts
-        self.set_epoch(number)
         if self.path:
             self.save()
 
