@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import velasoka
-from benchmarks import accuracy, time_to_accuracy
+from benchmarks import accuracy, launches, time_to_accuracy
 
 
 def run(monkeypatch, benchmark, *arguments):
@@ -72,3 +72,10 @@ def test_time_to_accuracy_compares_with_the_first_version(image_folders, monkeyp
     output = capsys.readouterr().out
     assert output.startswith("| model | target (%) |")
     assert "| dilated | 100.00 | not reached | over " in output
+
+
+@pytest.mark.parametrize("name", velasoka.MODELS)
+def test_a_step_asks_for_few_launches(name):
+    _, of_optimizer, of_step = launches.count(name)
+    assert of_optimizer <= 110
+    assert of_step <= 360

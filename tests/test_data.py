@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import Bomb, random_images
 from PIL import Image
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 from torchvision.transforms import v2
 
 import velasoka
@@ -230,3 +230,29 @@ def test_takes_subsets_and_torchvision_like_datasets(pictures, device):
     images, labels = epoch(loader)
     assert labels.tolist() == [pictures[0].targets[index] for index in (10, 14, 18)]
     torch.testing.assert_close(images[2], pictures[0][18][0])
+
+
+def test_loaders_are_ordinary_data_loaders(pictures, device):
+    train, test = velasoka.get_cifar10_data_loader(pictures, 32, device=device)
+    for loader, number, sampler in ((train, 200, RandomSampler), (test, 70, SequentialSampler)):
+        assert isinstance(loader, DataLoader)
+        assert (len(loader.dataset), loader.batch_size, loader.drop_last) == (number, 32, False)
+        assert isinstance(loader.sampler, sampler)
+        assert loader.generator.device.type == "cpu"  # so a seed gives the same batches on every device
+    image, label = test.dataset[3]
+    expected, target = pictures[1][3]
+    torch.testing.assert_close(image.cpu(), expected)
+    assert label == target
+
+
+def test_a_loader_made_anew_of_the_parts_of_one_gives_what_that_gives(pictures, device):
+    one, other = (velasoka.get_cifar10_data_loader(pictures, 32, device=device)[0] for _ in range(2))
+    anew = DataLoader(other.dataset, 32, sampler=other.sampler, collate_fn=other.collate_fn, generator=other.generator)
+    assert torch.equal(epoch(one)[0], epoch(anew)[0])
+
+
+def test_drawing_batches_leaves_the_global_generators_alone(pictures, device):
+    loaders, before = velasoka.get_cifar10_data_loader(pictures, 32, device=device), torch.get_rng_state()
+    for loader in loaders:
+        epoch(loader)
+    assert torch.equal(before, torch.get_rng_state())

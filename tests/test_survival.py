@@ -309,6 +309,12 @@ def test_a_checkpoint_of_something_else_is_refused_in_one_line_and_runs_nothing(
     assert torch.equal(before, weights_of(model))
 
 
+def test_a_checkpoint_of_the_version_before_is_refused_in_one_line_that_says_so(model, loaders, device):
+    torch.save({"made_with": {"model": "DilatedDepthwiseModel"}, "history": {}, "best": {}}, "run.pt")
+    with pytest.raises(ValueError, match=r"^run\.pt: a checkpoint of velasoka 2\.0, which 2\.1\.0 cannot continue$"):
+        train(model, loaders, device, 1, checkpoint_path="run.pt", resume=True)
+
+
 # --- Numbers, disk and memory that run out ---
 
 
@@ -321,6 +327,21 @@ def test_a_loss_that_is_not_finite_stops_training_and_is_named(progress, model, 
     assert history.status == "diverged"
     assert len(history.test) == 1
     assert velasoka.test_cnn(model, loaders[1], device, **QUIET).loss == pytest.approx(history.test[0].loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_divergence_is_noticed_within_half_a_second(progress, model, loaders, device, monkeypatch):
+    seconds, losses = itertools.count(), []
+    monkeypatch.setattr(velasoka.time, "perf_counter", lambda: next(seconds))  # each look at the clock takes one
+
+    def loss_fn(logits, labels):
+        losses.append(logits.sum() * (math.nan if len(losses) == 2 else 1))
+        return losses[-1]
+
+    with pytest.raises(FloatingPointError, match="since batch 3"):
+        optimizer = velasoka.get_muon_optimizer(model)
+        velasoka.train_cnn(model, loaders[0], loss_fn, optimizer, device, progress=progress)
+    assert len(losses) == 3
 
 
 def test_a_loss_that_is_never_finite_leaves_the_weights_it_began_with(model, loaders, device):

@@ -319,8 +319,11 @@ def test_a_step_that_overflows_in_float16_changes_nothing_and_does_not_count_in_
     assert scheduler.last_epoch == 1 + len(loaders[0]) - 1
 
 
+@pytest.mark.parametrize("get_optimizer", [velasoka.get_muon_optimizer, velasoka.get_sgd_optimizer])
 @pytest.mark.parametrize("own_loader", [True, False])
-def test_reads_the_device_a_few_times_a_second_at_most(own_loader, float16, pictures, model, device, monkeypatch):
+def test_reads_the_device_a_few_times_a_second_at_most(
+    own_loader, get_optimizer, float16, pictures, model, device, monkeypatch
+):
     loader, _ = velasoka.get_cifar10_data_loader(pictures, 4, device=device)
     loader = loader if own_loader else list(loader)
     reads, view = [], torch.Tensor.numpy
@@ -334,7 +337,7 @@ def test_reads_the_device_a_few_times_a_second_at_most(own_loader, float16, pict
             return read(tensor, *args, **options)
 
         monkeypatch.setattr(torch.Tensor, name, counting)
-    result = velasoka.train_cnn(model, loader, nn.CrossEntropyLoss(), velasoka.get_muon_optimizer(model), device)
+    result = velasoka.train_cnn(model, loader, nn.CrossEntropyLoss(), get_optimizer(model), device)
     assert len(reads) <= 3 * (2 + 2 * result.seconds)  # sums and scale, at the start, at the end, twice a second
 
 
@@ -347,6 +350,18 @@ def test_sgd_is_torchs_with_nesterov_momentum_and_weight_decay(momentum, device)
     one = velasoka.get_sgd_optimizer(ours, lr=0.03, momentum=momentum)
     settings = {"momentum": momentum, "nesterov": momentum > 0, "weight_decay": 5e-4}
     two = torch.optim.SGD(theirs.parameters(), lr=0.03, **settings)
+    for images, _ in random_batches():
+        for model, optimizer in ((ours, one), (theirs, two)):
+            optimizer.zero_grad()
+            model(images.to(device)).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(weights_of(ours), weights_of(theirs), atol=1e-6, rtol=1e-4)
+
+
+def test_muon_moves_what_is_no_filter_as_torchs_sgd_does(device):
+    ours, theirs = linear_model().to(device), linear_model().to(device)
+    one = velasoka.get_muon_optimizer(ours, lr=0.01)
+    two = torch.optim.SGD(theirs.parameters(), lr=0.02, momentum=0.9, nesterov=True)
     for images, _ in random_batches():
         for model, optimizer in ((ours, one), (theirs, two)):
             optimizer.zero_grad()
