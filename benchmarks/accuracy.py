@@ -4,7 +4,8 @@
 
 Everything is the default of `velasoka.py`, plain accuracy on the whole test set. `--held-out` is for choosing
 hyperparameters: it trains on 45,000 of the training images and reports on the other 5,000. `--without` leaves one
-technique of the recipe out, to see what it gives. Stopped and started again, it goes on with the runs not in its JSON.
+technique of the recipe out, to see what it gives. Stopped and started again, it continues with the runs that its JSON
+does not have.
 """
 
 import argparse

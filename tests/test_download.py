@@ -7,13 +7,13 @@ a login page instead of the file    the next source, in the end its reason   wha
 a certificate that is not trusted   the next source, in the end its reason   what other sources have sent
 a source that stalls                the next source after 10 s               what it had sent
 a source that crawls                the next source after 15 s               what it had sent
-all sources crawl                   the fastest goes on                      what they had sent
+all sources crawl                   the fastest continues                    what they had sent
 a source that breaks off            the next source                          what it had sent
 wrong bytes                         the next source                          what was there before
 a file of another size              the next source, in the end its size     what other sources have sent
 a part file of something else       a fetch from the start                   nothing of it
 a server that cannot go on midway   a fetch from the start                   what was there, until it is overtaken
-interrupted or killed               the next call goes on                    what had been sent
+interrupted or killed               the next call continues                  what had been sent
 two processes at once               one fetches, the other waits             one whole copy
 a full disk, a read-only folder     one line naming it                       no half file of a final name
 a copy on a read-only disk          it is used, hashed once                  that copy

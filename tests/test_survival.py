@@ -3,7 +3,7 @@
 fault                               what the user sees                       what is kept
 ----------------------------------  ---------------------------------------  ------------------------------------
 interrupted, at any moment          a warning, status "interrupted"          history, best weights, checkpoint
-killed, at any moment               resume goes on                           the checkpoint of the last epoch
+killed, at any moment               resume continues                         the checkpoint of the last epoch
 a loss that is not finite           epoch, batch, lr, status "diverged"      history, best weights, checkpoint
 one overflow in float16             nothing: the scaler sees to it           all
 a checkpoint that cannot be written a warning, the next epoch tries again    history, the checkpoint before
