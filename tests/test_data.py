@@ -1,6 +1,7 @@
 import pickle
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -256,3 +257,13 @@ def test_drawing_batches_leaves_the_global_generators_alone(pictures, device):
     for loader in loaders:
         epoch(loader)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot fork")
+def test_a_loaders_data_set_can_be_gone_through_and_read_by_workers(pictures):
+    dataset = velasoka.get_cifar10_data_loader(pictures, 32, device="cpu")[0].dataset
+    assert len(list(dataset)) == 200
+    by_workers = DataLoader(dataset, 50, num_workers=2, collate_fn=tuple, multiprocessing_context="fork")
+    one, another = epoch(by_workers), epoch(by_workers)
+    assert one[1].tolist() == another[1].tolist() == pictures[0].targets
+    assert not torch.equal(one[0], another[0])  # augmented anew

@@ -333,3 +333,12 @@ def test_members_that_point_outside_the_folder_are_refused(archive, tmp_path):
     velasoka.download_cifar10(archive.parent, mirrors=[])
     assert not list(tmp_path.glob("**/*outside"))
     assert not Path("/tmp/absolute_outside").exists()  # noqa: S108
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError()])
+def test_a_file_system_without_locks_is_no_obstacle(error, archive, monkeypatch):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(velasoka.FileLock, "acquire", refuse)
+    assert len(names_in(velasoka.download_cifar10(archive.parent, mirrors=[]))) == 6

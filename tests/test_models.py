@@ -24,6 +24,18 @@ def test_returns_ten_logits_for_images_of_any_size(name, side, device):
     assert model(torch.zeros(2, 3, side, side, device=device)).shape == (2, 10)
 
 
+def test_models_take_their_images_by_keyword_and_from_a_subclass():
+    class Grey(velasoka.SimpleModel):
+        def forward(self, images):
+            return super().forward(images.repeat(1, 3, 1, 1))
+
+    images = torch.randn(2, 3, 32, 32)
+    model = velasoka.SimpleModel(fm_size=2).eval()
+    assert torch.equal(model(images=images), model(images))
+    assert Grey(fm_size=2)(torch.zeros(2, 1, 32, 32)).shape == (2, 10)
+    assert torch.equal(torch.fx.symbolic_trace(model)(images), model(images))
+
+
 @every_model
 def test_every_parameter_learns(name, device):
     model = velasoka.MODELS[name]().to(device)
@@ -213,6 +225,15 @@ def test_receptive_field_where_branches_meet(build, field):
     model = build()
     channels = next(parameter.shape[1] for parameter in model.parameters() if parameter.ndim == 4)
     assert velasoka.receptive_field(model, (channels, 224, 224))[-1]["receptive_field"] == field
+
+
+@pytest.mark.parametrize("wrap", [lambda x: {"features": x}, lambda x: (x, x), lambda x: None])
+def test_receptive_field_of_a_model_with_another_kind_of_output(wrap):
+    class Net(nn.Sequential):
+        def forward(self, images):
+            return wrap(super().forward(images))
+
+    assert velasoka.receptive_field(Net(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2)))[-1]["receptive_field"] == 4
 
 
 @every_model
