@@ -344,30 +344,30 @@ def test_reads_the_device_a_few_times_a_second_at_most(
 # --- Optimisers and loss ---
 
 
+def assert_move_alike(ours, theirs, device):
+    """Step two pairs of model and optimiser on the same batches, and compare the weights."""
+    for images, _ in random_batches():
+        for model, optimizer in (ours, theirs):
+            optimizer.zero_grad()
+            model(images.to(device)).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(weights_of(ours[0]), weights_of(theirs[0]), atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.7])
 def test_sgd_is_torchs_with_nesterov_momentum_and_weight_decay(momentum, device):
     ours, theirs = linear_model().to(device), linear_model().to(device)
     one = velasoka.get_sgd_optimizer(ours, lr=0.03, momentum=momentum)
     settings = {"momentum": momentum, "nesterov": momentum > 0, "weight_decay": 5e-4}
     two = torch.optim.SGD(theirs.parameters(), lr=0.03, **settings)
-    for images, _ in random_batches():
-        for model, optimizer in ((ours, one), (theirs, two)):
-            optimizer.zero_grad()
-            model(images.to(device)).square().mean().backward()
-            optimizer.step()
-    torch.testing.assert_close(weights_of(ours), weights_of(theirs), atol=1e-6, rtol=1e-4)
+    assert_move_alike((ours, one), (theirs, two), device)
 
 
 def test_muon_moves_what_is_no_filter_as_torchs_sgd_does(device):
     ours, theirs = linear_model().to(device), linear_model().to(device)
     one = velasoka.get_muon_optimizer(ours, lr=0.01)
     two = torch.optim.SGD(theirs.parameters(), lr=0.02, momentum=0.9, nesterov=True)
-    for images, _ in random_batches():
-        for model, optimizer in ((ours, one), (theirs, two)):
-            optimizer.zero_grad()
-            model(images.to(device)).square().mean().backward()
-            optimizer.step()
-    torch.testing.assert_close(weights_of(ours), weights_of(theirs), atol=1e-6, rtol=1e-4)
+    assert_move_alike((ours, one), (theirs, two), device)
 
 
 def test_label_smoothing_lowers_the_target():
