@@ -204,7 +204,7 @@ def _mirrored(layer, dims=(0, 1, 3)):
     Group-equivariant networks, Cohen and Welling, https://arxiv.org/abs/1602.07576.
     """
     layer.mirrored = dims
-    nn.init.zeros_(layer.bias)  # which is symmetric
+    nn.init.zeros_(layer.bias)  # a random one would not be symmetric
     if layer.weight.ndim == 4:
         with torch.no_grad():
             layer.weight.add_(layer.weight.flip(dims)).div_(2**0.5)  # √2 keeps the variance
@@ -254,7 +254,7 @@ class _DeviceDataset(Dataset):
         padded = [np.pad(np.arange(size), _MAX_SHIFT, mode="reflect") for size in images.shape[1:3]]
         rows, columns = (torch.from_numpy(p).unfold(0, len(p) - 2 * _MAX_SHIFT, 1) for p in padded)
         # line i of these tables: the rows (columns) of an image that a shift by i − 2 shows, the border reflected
-        self.rows, self.columns = rows.to(device), torch.cat([columns, columns.flip(1)]).to(device)  # then all flipped
+        self.rows, self.columns = rows.to(device), torch.cat([columns, columns.flip(1)]).to(device)  # and flipped
 
     def set_epoch(self, epoch):
         """Set the number of the next epoch, from 0, as for torch's samplers; in the first no image is shifted."""
@@ -269,7 +269,7 @@ class _DeviceDataset(Dataset):
 
     def __getitems__(self, indices):
         """A whole batch, nothing left to collate: images N×3×H×W, channels_last, and labels N."""
-        shape, generator = (len(indices),), None if get_worker_info() else self.generator  # workers: torch's own
+        shape, generator = (len(indices),), None if get_worker_info() else self.generator  # torch seeds workers
         down = across = torch.full(shape, _MAX_SHIFT)  # the middle of the tables: no shift
         if self.augment and self.epoch != 0:
             down, across = torch.randint(2 * _MAX_SHIFT + 1, (2, *shape), generator=generator)
@@ -338,7 +338,7 @@ class _Muon(torch.optim.Optimizer):
 
     def _move(self, weights, lr, momentum, muon, **_):
         """Move the `weights` of one group."""
-        gradients, finite = _unscaled(self, [weight.grad for weight in weights])  # after an overflow all of them are 0
+        gradients, finite = _unscaled(self, [weight.grad for weight in weights])  # finite: 0 after an overflow, else 1
         buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
         torch._foreach_mul_(buffers, momentum**finite)  # × 1 after an overflow
         torch._foreach_add_(buffers, gradients)
@@ -656,7 +656,7 @@ def predict(model, data_loader, device, *, tta=False):
 
 def get_sgd_optimizer(model, lr=_PEAK_LR, momentum=_SGD_MOMENTUM):
     """`torch.optim.SGD` with Nesterov momentum and weight decay 5e-4; `lr` is the peak of `start_cnn`'s schedule."""
-    float16 = _precision(get_available_device()) is torch.float16  # then a fused step lets no scaler make the host wait
+    float16 = _precision(get_available_device()) is torch.float16  # in which only a fused step spares the host a wait
     settings = {"momentum": momentum, "nesterov": momentum > 0, "weight_decay": _WEIGHT_DECAY, "fused": float16 or None}
     optimizer = torch.optim.SGD(_trainable(model), lr, **settings)
     if float16:  # torch's fused step leaves the momentum uninitialised if it overflows at first
@@ -708,13 +708,13 @@ class _Run:
     @contextmanager
     def surviving(self):
         """An interrupt or a loss that is not finite ends what runs inside, with a warning and the best weights."""
-        with torch.enable_grad(), torch.autocast(self.device.type, enabled=False):  # an interrupt may leave these wrong
+        with torch.enable_grad(), torch.autocast(self.device.type, enabled=False):  # restored after any interrupt
             try:
                 yield
                 self.set_epoch(max(1, len(self.history.test)))  # for whoever uses the loaders next
                 self.history.status = self.outcome()
             except (KeyboardInterrupt, FloatingPointError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):  # which may stop first
+                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):  # interrupted first
                     raise
                 diverged, why = isinstance(error, FloatingPointError), f": {_first_line(error)}" if str(error) else ""
                 self.history.status = "diverged" if diverged else "interrupted"
@@ -774,7 +774,7 @@ class _Run:
             "python": (random.getstate, random.setstate),
             "numpy": (np.random.get_state, np.random.set_state),
             "torch": (torch.get_rng_state, torch.set_rng_state),
-            "cuda": (torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all),  # of no device if there is none
+            "cuda": (torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all),  # nothing, if there is no GPU
         }
         if torch.backends.mps.is_available():
             states["mps"] = torch.mps.get_rng_state, torch.mps.set_rng_state
@@ -825,7 +825,7 @@ class _Run:
                 _require_no_nan(weights, self.path)
                 self.model.load_state_dict(weights)
             for name, component in self.components.items():
-                if content[name] != {}:  # as a scaler's is if the run had no need of one
+                if content[name] != {}:  # that of a scaler that was not needed
                     component.load_state_dict(content[name])
             results = {phase: [EpochResult(**one) for one in content["history"][phase]] for phase in ("train", "test")}
             for name, (_, set_state) in self.random_states().items():
@@ -1139,7 +1139,7 @@ def download_cifar10(root="./data", *, mirrors=CIFAR10_MIRRORS):
             root = Path(tempfile.gettempdir()) / "velasoka"
             folder = root / _BATCHES
         with _locked(root):
-            if not folder.exists():  # no other process has been at it
+            if not folder.exists():  # no other process has unpacked it
                 if not whole and not (archive.exists() and check_integrity(archive, _ARCHIVE_MD5)):
                     _fetch_archive(archive, mirrors)
                 _unpack(archive, folder)
@@ -1174,7 +1174,7 @@ def _unpack(archive, folder):
     """Unpack the batches in `archive` beside `folder`, which takes its name when whole."""
     part = folder.with_name(f".{folder.name}.part")
     try:
-        part.mkdir(exist_ok=True)  # that of a process that was killed
+        part.mkdir(exist_ok=True)  # a process that was killed may have left it
         with tarfile.open(archive) as tar:
             for member in tar:
                 if member.isfile() and Path(member.name).parent == Path(_BATCHES):  # nothing that points elsewhere
@@ -1301,7 +1301,7 @@ class _ViewTracer(TorchFunctionMode):
 
     def __init__(self, model):
         super().__init__()
-        self.rows, self.layer = [], None  # that runs now
+        self.rows, self.layer = [], None  # the one that is running
         for name, layer in model.named_modules():
             if not [*layer.children()] and not isinstance(layer, torch.jit.ScriptModule):
                 layer.register_forward_pre_hook(lambda *_, name=name: setattr(self, "layer", name))
