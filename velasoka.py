@@ -499,9 +499,9 @@ def start_cnn(
     trained if it can be seen by then; MemoryError naming the batch size if memory is exhausted.
     """
     device = _to_device(model, device)
-    run = _Run(model, optimizer, loss_fn, data_loader, device, epochs, target_accuracy, checkpoint_path, progress)
+    run = _Run(model, optimizer, loss_fn, device, epochs, target_accuracy, checkpoint_path, progress)
     with run.surviving():
-        run.begin(scheduler, resume)
+        run.begin(data_loader, scheduler, resume)
         while not run.outcome():
             run.set_epoch(len(run.history.test))
             if progress:
@@ -530,7 +530,7 @@ class _Pass(AbstractContextManager):
         dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
         self.layout = {"dtype": dtype, "memory_format": getattr(model, "memory_format", torch.contiguous_format)}
         self.num_batches = self.batch_size = self.max_label = 0  # batch size: of the last one; label: of all so far
-        self.unread = []  # of each batch: loss, correct predictions and scale, on the device; number of images; rate
+        self.unread = []  # of each batch: loss, correct predictions and scale, on the device; number of images; lr
         self.num_read = self.loss_sum = self.correct = self.total = self.overflows = 0  # overflows: in a row
         self.scale = scaler.get_scale() if self.is_scaled else None
         self.start = self.next_read = time.perf_counter()
@@ -542,7 +542,7 @@ class _Pass(AbstractContextManager):
         for batch in self.data_loader:
             images, labels = self.checked(batch)
             self.num_batches, self.batch_size = self.num_batches + 1, len(images)
-            self.rate = f", lr={self.optimizer.param_groups[0]['lr']:.4g}" if self.optimizer else ""
+            self.lr = self.optimizer.param_groups[0]["lr"] if self.optimizer else None
             yield images.to(self.device, **self.layout), labels.to(self.device)
         if not self.num_batches:
             raise ValueError("data_loader has no batches")
@@ -585,7 +585,7 @@ class _Pass(AbstractContextManager):
         numbers = [loss.detach(), (logits.argmax(1) == labels).sum()]
         if self.is_scaled:
             numbers.append(self.scaler._get_scale_async())  # the public method makes the host wait
-        self.unread.append((torch.stack(numbers), len(labels), self.rate))
+        self.unread.append((torch.stack(numbers), len(labels), self.lr))
         if time.perf_counter() >= self.next_read:
             self.read()
             self.next_read = time.perf_counter() + 0.5
@@ -593,9 +593,10 @@ class _Pass(AbstractContextManager):
 
     def read(self):
         """Read the counts and show them; raises FloatingPointError if the loss is not finite, in float16 for long."""
-        numbers, sizes, rates = zip(*self.unread, strict=True)
+        numbers, sizes, lrs = zip(*self.unread, strict=True)
         self.unread = []
-        for (loss, correct, *scale), size, rate in zip(torch.stack(numbers).tolist(), sizes, rates, strict=True):
+        for (loss, correct, *scale), size, lr in zip(torch.stack(numbers).tolist(), sizes, lrs, strict=True):
+            rate = "" if lr is None else f", lr={lr:.4g}"
             self.num_read, self.total, self.correct = self.num_read + 1, self.total + size, self.correct + int(correct)
             if math.isfinite(loss):
                 self.loss_sum, self.overflows = self.loss_sum + loss * size, 0
@@ -695,15 +696,12 @@ def _trainable(model):
 class _Run:
     """A run of `start_cnn`: what it trains with, what has come of it so far, and how that is kept."""
 
-    def __init__(self, model, optimizer, loss_fn, data_loader, device, epochs, target_accuracy, path, progress):
-        for loader in data_loader:
-            _require(isinstance(loader, Iterable), "data_loader", loader, "an iterable of batches", TypeError)
+    def __init__(self, model, optimizer, loss_fn, device, epochs, target_accuracy, path, progress):
         _require(path is None or not Path(path).is_dir(), "checkpoint_path", str(path), "a file, not a folder,")
         self.model, self.optimizer, self.loss_fn, self.device = model, optimizer, loss_fn, device
         self.epochs, self.target_accuracy, self.progress = int(epochs), target_accuracy, progress
         self.path, self.history, self.initial = path and Path(path), History(), copy.deepcopy(model.state_dict())
-        self.best = {}  # the weights of the best epoch
-        self.loaders, self.parts = data_loader, []
+        self.best, self.parts = {}, []  # the weights of the best epoch; the loaders and what they are made of
 
     @contextmanager
     def surviving(self):
@@ -726,9 +724,11 @@ class _Run:
                 warnings.warn(f"{self.history.status} in epoch {epoch} of {self.epochs}{why}", stacklevel=5)
                 self.set_epoch(max(1, len(self.history.test)))
 
-    def begin(self, scheduler, resume):
+    def begin(self, data_loader, scheduler, resume):
         """Check what can be checked, make what is missing, and continue from the checkpoint if there is one."""
-        loaders = [list(loader) if isinstance(loader, Iterator) else loader for loader in self.loaders]  # to read again
+        for loader in data_loader:
+            _require(isinstance(loader, Iterable), "data_loader", loader, "an iterable of batches", TypeError)
+        loaders = [list(loader) if isinstance(loader, Iterator) else loader for loader in data_loader]  # to read again
         self.train_loader, self.test_loader = loaders
         self.parts = [getattr(each, name, None) for each in loaders for name in ("dataset", "sampler", "batch_sampler")]
         self.parts += [*loaders, *(getattr(part, "sampler", None) for part in self.parts)]
@@ -1353,9 +1353,8 @@ def model_summary(model, input_size, device=None):
     `input_size` is (channels, height, width). The model and the random state stay as they are: all is computed on a
     copy on the CPU, whatever the `device`, which older notebooks pass.
     """
-    copied = _cpu_copy(model, input_size)
     with torch.random.fork_rng(devices=[]):  # torchsummary draws a random input
-        torchsummary.summary(copied, tuple(input_size), device="cpu")
+        torchsummary.summary(_cpu_copy(model, input_size), tuple(input_size), device="cpu")
     total = sum(parameter.numel() for parameter in model.parameters())
     print(f"Parameters: {total:,}, of them trainable: {count_parameters(model):,}")
     rows = receptive_field(model, input_size)
@@ -1563,7 +1562,8 @@ _CHECKS = {  # of arguments, by name, which means the same in every function; fi
     "lr": _number(float, sys.float_info.min),
     **dict.fromkeys(("momentum", "label_smoothing"), _number(float, 0, 1)),
     "target_accuracy": _number(float, 0, 100),
-    **dict.fromkeys(("augment", "deterministic", "download", "progress", "resume", "tta"), _TRUE_OR_FALSE),
+    "augment": _must(lambda value: isinstance(value, (bool, np.bool_)), "True or False"),
+    **dict.fromkeys(("deterministic", "download", "progress", "resume", "tta"), _TRUE_OR_FALSE),
     **dict.fromkeys(("path", "checkpoint_path", "root"), _PATH),
     **dict.fromkeys(("folder", "filename"), _must(lambda value: isinstance(value, str), "a name")),
     "model": _must(lambda value: isinstance(value, nn.Module), "a torch.nn.Module (an instance, not its class)"),

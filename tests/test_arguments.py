@@ -84,6 +84,7 @@ BAD = [
     (lambda: v.get_cifar10_data_loader(data(), device="gpu"), ValueError, "device='gpu'"),
     (lambda: v.get_cifar10_data_loader(data(), device="cuda:99"), ValueError, "device='cuda:99'"),
     (lambda: v.get_cifar10_data_loader(data(), augment="no"), TypeError, "augment='no'"),
+    (lambda: v.get_cifar10_data_loader(data(), augment=1), TypeError, "augment=1"),
     (lambda: v.get_cifar10_data_loader(data(), seed=-1), ValueError, "seed=-1"),
     (lambda: v.get_cifar10_data_loader(data(), seed=2**70), ValueError, "seed=1180591620717411303424"),
     (lambda: v.get_cifar10_data_loader(data()[0]), TypeError, "dataset=.*a pair"),
