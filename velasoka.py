@@ -33,8 +33,9 @@ import tempfile
 import time
 import urllib.request
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
 from http.client import HTTPException
 from itertools import cycle, islice
@@ -47,6 +48,8 @@ import torch
 import torch.nn.functional as F
 import torchsummary
 from filelock import FileLock
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.overrides import TorchFunctionMode
@@ -63,8 +66,9 @@ __all__ = """
 SEED CIFAR10_MEAN CIFAR10_STD CIFAR10_CLASSES CIFAR10_MIRRORS MAX_PARAMETERS MODELS get_available_device seed_everything
 to_normalize to_tensor to_pil compose_transform download_cifar10 get_cifar10_dataset get_synthetic_dataset
 get_cifar10_data_loader SimpleModel DilatedModel DilatedDepthwiseModel count_parameters receptive_field model_summary
-get_sgd_optimizer get_muon_optimizer get_ce_loss EpochResult History train_cnn test_cnn predict start_cnn save_model
-load_model get_drive_path show_images show_misclassified plot_history plot_confusion_matrix per_class_accuracy
+get_sgd_optimizer get_muon_optimizer get_ce_loss get_step_lr_scheduler get_multi_step_lr_scheduler EpochResult History
+train_cnn test_cnn predict start_cnn save_model load_model get_drive_path show_images show_misclassified plot_history
+plot_confusion_matrix per_class_accuracy
 """.split()  # noqa: SIM905
 
 SEED = 6
@@ -216,7 +220,8 @@ def _tie_gradients(layer):
     """Average each gradient of a `_mirrored` layer with its own mirror image, whatever the optimiser."""
     for parameter in layer.parameters():
         dims = [dim for dim in layer.mirrored if dim < parameter.ndim]
-        parameter.register_hook(lambda gradient, dims=dims: torch.lerp(gradient, gradient.flip(dims), 0.5))
+        if not parameter._backward_hooks:  # not tied yet
+            parameter.register_hook(lambda gradient, dims=dims: torch.lerp(gradient, gradient.flip(dims), 0.5))
 
 
 # --- Loader ----------------------------------------------------------------------------------------------------------
@@ -226,12 +231,13 @@ def get_cifar10_data_loader(dataset, batch_size=_BATCH_SIZE, *, device=None, aug
     """`(train_loader, test_loader)` for `dataset = (train, test)`: `DataLoader`s of images N×3×H×W and labels N.
 
     The whole data set lies on `device` (default: the fastest there is) as uint8 (184 MB for CIFAR-10) and batches are
-    made there, normalised with the mean and std of the dataset's `Normalize` transform; other transforms are left out.
-    The train loader shuffles and, with `augment`, flips images and shifts them by up to 2 pixels at random, but after
+    made there, normalised with the mean and std of the dataset's `Normalize` transform. The train loader shuffles and,
+    with `augment`, flips images and shifts them by up to 2 pixels at random, but after
     `train_loader.dataset.set_epoch(0)`, which `start_cnn` calls, only flips: images seen for the first time need no
     shift. The test loader keeps the order. The same `seed` gives the same batches, whatever the device.
 
     A dataset is one of this module's, one like torchvision's `CIFAR10`, or a `torch.utils.data.Subset` of either.
+    Raises ValueError or TypeError for one that does more to its images and labels: a `DataLoader` takes any dataset.
     Batches are laid out channels_last, so a `forward` of your own needs `flatten` or `reshape` rather than `view`.
     """
     device = torch.device(device) if device is not None else get_available_device()
@@ -239,7 +245,7 @@ def get_cifar10_data_loader(dataset, batch_size=_BATCH_SIZE, *, device=None, aug
     for part, is_train in zip(dataset, (True, False), strict=True):
         generator = torch.Generator().manual_seed(seed)
         on_device = _DeviceDataset(*_arrays_of(part), device, augment and is_train, generator)
-        loaders.append(DataLoader(on_device, int(batch_size), is_train, generator=generator, collate_fn=tuple))
+        loaders.append(_Loader(on_device, int(batch_size), is_train, generator=generator, collate_fn=tuple))
     return tuple(loaders)
 
 
@@ -262,6 +268,11 @@ class _DeviceDataset(Dataset):
 
     def __len__(self):
         return len(self.images)
+
+    def __repr__(self):
+        size = "×".join(map(str, self.images.shape[1:3]))
+        how = "augmented" if self.augment else "not augmented"
+        return f"Dataset({len(self):,} images of {size} on {self.images.device}, {how}{self._suffix})"
 
     def __getitem__(self, index):
         """One image 3×H×W and its label."""
@@ -311,15 +322,15 @@ class _Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum, whose groups marked `muon` move by orthogonal matrices.
 
     There the update of a filter bank, output channels × the rest, is orthogonalised: all its directions then learn at
-    the same pace, rare ones too, which takes fewer epochs than steps that a few directions dominate. The bank is scaled
-    to norm √(output channels) first, so `lr` sets the angle it turns by. From Jordan et al., https://kellerjordan.github.io/posts/muon,
+    the same pace, rare ones too, which takes fewer epochs than steps that a few directions dominate. The bank keeps the
+    norm that it had at first, so `lr` sets the angle it turns by. From Jordan et al., https://kellerjordan.github.io/posts/muon,
     as in https://github.com/KellerJordan/cifar10-airbench. (`torch.optim.Muon` takes matrices only.)
     """
 
-    _step_supports_amp_scaling = True  # a `GradScaler` then passes on its scale, and whether there was an overflow
-
     def __init__(self, groups, lr, momentum):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "muon": False})
+        # a `GradScaler` then passes on its scale, and whether there was an overflow; Lightning clips no such gradients
+        self._step_supports_amp_scaling = _precision(get_available_device()) is torch.float16
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -343,12 +354,20 @@ class _Muon(torch.optim.Optimizer):
         torch._foreach_mul_(buffers, momentum**finite)  # × 1 after an overflow
         torch._foreach_add_(buffers, gradients)
         updates = torch._foreach_add(gradients, buffers, alpha=momentum)  # Nesterov: one step ahead
+        rates = [lr] * len(weights)
         if muon:
             updates = [_orthogonalise(update) for update in updates]
             norms = torch._foreach_norm(weights)
-            torch._foreach_div_(norms, [len(weight) ** 0.5 for weight in weights])
+            if any("norm" not in self.state[weight] for weight in weights):  # in the first step, the host waits
+                for weight, norm in zip(weights, torch.stack(norms).tolist(), strict=True):
+                    self.state[weight].setdefault("norm", norm or len(weight) ** 0.5)
+            first = [self.state[weight]["norm"] for weight in weights]
+            torch._foreach_div_(norms, first)
             torch._foreach_div_(weights, (torch.stack(norms).clamp(min=1e-7) ** finite).unbind())
-        torch._foreach_mul_(updates, lr * finite)
+            rates = [lr * norm / len(weight) ** 0.5 for norm, weight in zip(first, weights, strict=True)]
+        torch._foreach_mul_(updates, rates)
+        if isinstance(finite, torch.Tensor):
+            torch._foreach_mul_(updates, finite)
         torch._foreach_sub_(weights, updates)
 
 
@@ -396,7 +415,7 @@ class EpochResult:
     seconds: float
 
 
-@dataclass
+@dataclass(repr=False)
 class History:
     """What `start_cnn` returns: the results of every epoch, how it ended, and the best test accuracy in percent.
 
@@ -409,20 +428,38 @@ class History:
     best_accuracy: float = 0.0
     best_epoch: int = 0
 
+    def __repr__(self):
+        best = f", best test accuracy {self.best_accuracy:.2f}% in epoch {self.best_epoch}" if self.best_epoch else ""
+        return f"History({self.status} after {len(self.test)} epochs{best})"
 
-def train_cnn(model, data_loader, loss_fn, optimizer, device, *, scheduler=None, scaler=None, progress=True):
+
+def train_cnn(
+    model,
+    data_loader,
+    loss_fn,
+    optimizer,
+    device,
+    *,
+    scheduler=None,
+    scheduler_interval=None,
+    scaler=None,
+    progress=True,
+):
     """Train `model` for one epoch on any iterable of `(images N×3×H×W, labels N)` batches; return its `EpochResult`.
 
-    Steps `scheduler`, if given, after every batch, and computes in the mixed precision that suits `device`. If that is
-    float16, pass the same `torch.amp.GradScaler` in each epoch (Micikevicius et al., https://arxiv.org/abs/1710.03740).
+    Labels may also be probabilities, float N×classes, as CutMix and MixUp make them. Modules in eval mode inside a
+    model in training mode stay so. `scheduler` is stepped once, at the end, `OneCycleLR` and `CyclicLR` after every
+    batch; `scheduler_interval`, "epoch" or "batch", says otherwise. Computes in the mixed precision that suits
+    `device`; if that is float16, pass the same `torch.amp.GradScaler` in each epoch (Micikevicius et al.,
+    https://arxiv.org/abs/1710.03740).
 
     Raises FloatingPointError naming the first batch whose loss was not finite, MemoryError naming the batch size if
     memory is exhausted, TypeError or ValueError for batches or logits of another kind.
     """
-    device = _to_device(model, device)
+    device, interval = _to_device(model, device), _interval_of(scheduler, scheduler_interval, has_test_loss=False)
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=_precision(device) is torch.float16)
-    model.train()
-    with _Pass("Train", model, data_loader, device, progress, optimizer, scaler) as batches:
+    _prepare_training(model)
+    with _Pass("Train", model, data_loader, device, progress, optimizer, scaler, loss_fn) as batches:
         for images, labels in batches:
             optimizer.zero_grad()
             with _autocast(device):
@@ -433,14 +470,17 @@ def train_cnn(model, data_loader, loss_fn, optimizer, device, *, scheduler=None,
             scaler.scale(loss).backward()  # scaled only in float16, whose small gradients would be zero
             scaler.step(optimizer)
             scaler.update()
-            batches.step_schedule(scheduler)
+            if interval == "batch":
+                batches.step_schedule(scheduler)
             batches.add(loss, logits, labels)
+    if scheduler is not None and interval == "epoch":
+        scheduler.step()
     return batches.result()
 
 
 def _to_device(model, device):
     """Move `model` to `device`, in the layout it computes in, and return `device` as a `torch.device`."""
-    model.to(device, memory_format=getattr(model, "memory_format", torch.contiguous_format))
+    model.to(device, memory_format=getattr(model, "memory_format", None))
     return torch.device(device)
 
 
@@ -478,6 +518,7 @@ def start_cnn(
     epochs=10,
     *,
     scheduler=None,
+    scheduler_interval=None,
     target_accuracy=None,
     checkpoint_path=None,
     resume=False,
@@ -485,15 +526,18 @@ def start_cnn(
 ):
     """Train `model` for `epochs` epochs, test it after each, and return the `History`.
 
-    `data_loader` is `(train, test)`, both iterables of `(images N×3×H×W, labels N)` batches. `scheduler` is stepped
-    after every batch; without one the learning rate warms up from nearly zero to the optimiser's own and falls back to
-    nearly zero at the last batch. The number of each epoch, from 0, goes to every data set or sampler with `set_epoch`;
-    that of `get_cifar10_data_loader` shifts images from 1 on. Training stops once a test reaches `target_accuracy`.
+    `data_loader` is `(train, test)`, both iterables of batches as for `train_cnn`. `scheduler` is any of torch's,
+    stepped once an epoch, after the test, `ReduceLROnPlateau` with the test loss; `OneCycleLR` and `CyclicLR` after
+    every batch; `scheduler_interval`, "epoch" or "batch", says otherwise. Without one the learning rate warms up from
+    nearly zero to the optimiser's own, falls back to nearly zero at the last batch, and is restored afterwards. The
+    number of each epoch, from 0, goes to every data set or sampler with `set_epoch`; that of `get_cifar10_data_loader`
+    shifts images from 1 on. Training stops once a test reaches `target_accuracy`, in percent.
 
     After every epoch everything the run needs is written to `checkpoint_path`; with `resume` the run continues from
     there and ends as it would have without the break. The model ends with the weights of the last epoch. An interrupt
-    (Ctrl-C, the notebook's stop button) or a loss that is not finite ends training with a warning and with the weights
-    of the best epoch; if there is none yet, an interrupt leaves the model as it is, the latter as it was at first.
+    (Ctrl-C, the notebook's stop button), a loss that is not finite or an error ends training with the weights of the
+    best epoch; if there is none yet, a loss that is not finite restores the first ones. The first two end with a
+    warning, the error is raised, with the results so far as its attribute `history`.
 
     Raises ValueError or TypeError for an argument, a batch or a checkpoint that does not fit, before anything is
     trained if it can be seen by then; MemoryError naming the batch size if memory is exhausted.
@@ -501,13 +545,13 @@ def start_cnn(
     device = _to_device(model, device)
     run = _Run(model, optimizer, loss_fn, device, epochs, target_accuracy, checkpoint_path, progress)
     with run.surviving():
-        run.begin(data_loader, scheduler, resume)
+        run.begin(data_loader, scheduler, scheduler_interval, resume)
         while not run.outcome():
             run.set_epoch(len(run.history.test))
             if progress:
                 print(f"\nEPOCH: {len(run.history.test) + 1}{run.suffix}")
-            options = {"scheduler": run.scheduler, "scaler": run.scaler, "progress": progress}
-            train = train_cnn(model, run.train_loader, loss_fn, optimizer, device, **options)
+            options = {"scheduler": run.batch_scheduler, "scheduler_interval": "batch", "scaler": run.scaler}
+            train = train_cnn(model, run.train_loader, loss_fn, optimizer, device, progress=progress, **options)
             test = test_cnn(model, run.test_loader, device, progress=progress)
             run.record(train, test)
     return run.history
@@ -520,8 +564,9 @@ def start_cnn(
 class _Pass(AbstractContextManager):
     """One pass over a loader: its batches, checked and on the device, a bar, the counts; out of memory in one line."""
 
-    def __init__(self, phase, model, data_loader, device, progress, optimizer=None, scaler=None):
+    def __init__(self, phase, model, data_loader, device, progress, optimizer=None, scaler=None, loss_fn=None):
         self.phase, self.data_loader, self.device = phase, data_loader, device
+        self.is_sum = getattr(loss_fn, "reduction", None) == "sum"  # over the images of a batch, not their mean
         self.optimizer, self.scaler, self.is_scaled = optimizer, scaler, scaler is not None and scaler.is_enabled()
         self.suffix = getattr(getattr(data_loader, "dataset", None), "_suffix", "")  # " (not CIFAR-10)", say
         if optimizer is not None:
@@ -529,6 +574,7 @@ class _Pass(AbstractContextManager):
             _require(moved.intersection(model.parameters()), "optimizer", optimizer, "one made for this model")
         dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
         self.layout = {"dtype": dtype, "memory_format": getattr(model, "memory_format", torch.contiguous_format)}
+        self.expected = length_hint(data_loader)  # number of batches, 0 if unknown
         self.num_batches = self.batch_size = self.max_label = 0  # batch size: of the last one; label: of all so far
         self.unread = []  # of each batch: loss, correct predictions and scale, on the device; number of images; lr
         self.num_read = self.loss_sum = self.correct = self.total = self.overflows = 0  # overflows: in a row
@@ -536,16 +582,22 @@ class _Pass(AbstractContextManager):
         self.start = self.next_read = time.perf_counter()
         layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
         options = {"bar_format": layout, "mininterval": 0.5, "file": sys.stdout, "disable": not progress}
-        self.bar = tqdm(desc=phase + self.suffix, total=length_hint(data_loader) or None, **options)
+        self.bar = tqdm(desc=phase + self.suffix, total=self.expected or None, **options)
 
     def __iter__(self):
         for batch in self.data_loader:
             images, labels = self.checked(batch)
             self.num_batches, self.batch_size = self.num_batches + 1, len(images)
             self.lr = self.optimizer.param_groups[0]["lr"] if self.optimizer else None
-            yield images.to(self.device, **self.layout), labels.to(self.device)
+            if self.num_batches > 2 * (self.expected or math.inf):
+                raise ValueError(f"data_loader: gives more than twice the {self.expected} batches that its len() says")
+            dtype = torch.float32 if labels.is_floating_point() else None
+            yield images.to(self.device, **self.layout), labels.to(self.device, dtype)
         if not self.num_batches:
             raise ValueError("data_loader has no batches")
+        if self.num_batches != (self.expected or self.num_batches):
+            what = f"data_loader: gave {self.num_batches} batches, its len() says {self.expected}"
+            warnings.warn(f"{what}, by which the learning rate is scheduled", stacklevel=4)
         if self.unread:
             self.read()
 
@@ -553,16 +605,19 @@ class _Pass(AbstractContextManager):
         """Images and labels of `batch`; raises TypeError or ValueError unless they are what the loops take."""
         images, labels = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (None, None)
         kinds = [getattr(part, "dtype", None) for part in (images, labels)]
-        if not isinstance(images, torch.Tensor) or not images.is_floating_point() or kinds[1] is not torch.int64:
+        is_float = [isinstance(part, torch.Tensor) and part.is_floating_point() for part in (images, labels)]
+        is_soft = is_float[1] and labels.ndim > 1  # probabilities
+        if not is_float[0] or not (is_soft or kinds[1] is torch.int64):
             found = kinds if all(kinds) else type(batch).__name__
             raise TypeError(f"data_loader: (float images, int64 labels) are needed as a batch, not {found}")
-        if images.ndim != 4 or labels.shape != images.shape[:1] or not len(labels):
+        if images.ndim != 4 or labels.ndim != 1 + is_soft or len(labels) != len(images) or not labels.numel():
             found = f"{tuple(images.shape)} and {tuple(labels.shape)}"
-            raise ValueError(f"data_loader: images N×C×H×W and labels N are needed as a batch, not {found}")
+            kind = "probabilities N×classes" if is_soft else "labels N"
+            raise ValueError(f"data_loader: images N×C×H×W and {kind} are needed as a batch, not {found}")
         if labels.device.type == "cpu" or not self.num_batches:  # the host would have to wait for labels on a GPU
-            values = labels.numpy(force=True)
-            self.max_label = max(self.max_label, values.max())
-            _require(values.min() >= 0, "a label in data_loader", int(values.min()), "an index from 0 up")
+            values = (labels.float() if is_soft else labels).numpy(force=True)
+            self.max_label = max(self.max_label, labels.shape[1] - 1 if is_soft else values.max())
+            _require(values.min() >= 0, "a label in data_loader", values.min().item(), "an index from 0 up")
         return images, labels
 
     def check(self, logits):
@@ -582,7 +637,7 @@ class _Pass(AbstractContextManager):
 
     def add(self, loss, logits, labels):
         """Count one batch. The counts are read twice a second only, for that makes the host wait for the device."""
-        numbers = [loss.detach(), (logits.argmax(1) == labels).sum()]
+        numbers = [loss.detach(), (logits.argmax(1) == _most_likely(labels)).sum()]
         if self.is_scaled:
             numbers.append(self.scaler._get_scale_async())  # the public method makes the host wait
         self.unread.append((torch.stack(numbers), len(labels), self.lr))
@@ -599,12 +654,12 @@ class _Pass(AbstractContextManager):
             rate = "" if lr is None else f", lr={lr:.4g}"
             self.num_read, self.total, self.correct = self.num_read + 1, self.total + size, self.correct + int(correct)
             if math.isfinite(loss):
-                self.loss_sum, self.overflows = self.loss_sum + loss * size, 0
+                self.loss_sum, self.overflows = self.loss_sum + loss * (1 if self.is_sum else size), 0
             else:
                 self.since = self.since if self.overflows else f"batch {self.num_read}{rate}"
                 self.overflows += 1
             if self.overflows > (20 if self.is_scaled else 0):  # the scaler deals with a few
-                raise FloatingPointError(f"the {self.phase.lower()} loss is not finite since {self.since}")
+                raise _DivergenceError(f"the {self.phase.lower()} loss is not finite since {self.since}")
             if scale and scale[0] < self.scale:  # it is halved when a step is skipped
                 self.scaler.schedule_lag = getattr(self.scaler, "schedule_lag", 0) + 1
             self.scale = scale[0] if scale else None
@@ -624,6 +679,18 @@ class _Pass(AbstractContextManager):
             way_out = f"try half, batch_size={self.batch_size // 2}" if self.batch_size > 1 else "try a smaller model"
             what = f"out of memory on {self.device} with batches of {self.batch_size} images: {way_out}"
             raise MemoryError(what) from error
+        if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
+            what = f"batch norm cannot learn from a batch of {self.batch_size}"
+            raise ValueError(f"{what}: make the DataLoader with drop_last=True, or another batch_size") from error
+
+
+class _DivergenceError(FloatingPointError):
+    """A loss of ours that is not finite."""
+
+
+def _most_likely(labels):
+    """The class of each image, from labels N or probabilities N×classes."""
+    return labels.argmax(1) if labels.ndim == 2 else labels
 
 
 @contextmanager
@@ -644,7 +711,7 @@ def predict(model, data_loader, device, *, tta=False):
     device, results = _to_device(model, device), []
     with _evaluation(model), _Pass("Predict", model, data_loader, device, progress=False) as batches:
         for images, labels in batches:
-            results.append((_logits(model, images, tta), labels))
+            results.append((_logits(model, images, tta), _most_likely(labels)))
             batches.check(results[-1][0])
     logits, labels = (torch.cat(parts).cpu() for parts in zip(*results, strict=True))
     if not logits.isfinite().all():
@@ -652,7 +719,33 @@ def predict(model, data_loader, device, *, tta=False):
     return logits, labels
 
 
-# --- Other optimisers, and float16 -----------------------------------------------------------------------------------
+@torch.no_grad()
+def _prepare_training(model):
+    """Training mode, unless a part of `model` is in it: then the others are frozen. Mirror pairs are made so again.
+
+    `apply` and `load_state_dict` can bring weights that do not mirror each other, or lose the hooks on the gradients.
+    """
+    if not any(module.training for module in model.modules()):
+        model.train()
+    layers, pairs = [(name, layer) for name, layer in model.named_modules() if hasattr(layer, "mirrored")], []
+    for name, layer in layers:
+        _tie_gradients(layer)
+        for parameter in layer.parameters():
+            pairs.append((name, parameter, parameter.flip([dim for dim in layer.mirrored if dim < parameter.ndim])))
+    apart = [(parameter - mirror).norm() / parameter.norm() for _, parameter, mirror in pairs]
+    is_apart = (torch.stack(apart) > 0.1).tolist() if apart else []  # rounding alone brings them much less apart
+    replaced = [pair for pair, is_broken in zip(pairs, is_apart, strict=True) if is_broken]
+    for _, parameter, mirror in replaced:
+        norm = parameter.norm()
+        parameter.lerp_(mirror, 0.5)
+        if parameter.ndim == 4:
+            parameter.mul_(norm / parameter.norm().clamp(min=1e-6))
+    if replaced:
+        names = ", ".join(dict.fromkeys(name for name, *_ in replaced))
+        warnings.warn(f"model: the weights of {names} were no mirror pairs any more; now they are", stacklevel=4)
+
+
+# --- Other optimisers, schedulers, and float16 -----------------------------------------------------------------------
 
 
 def get_sgd_optimizer(model, lr=_PEAK_LR, momentum=_SGD_MOMENTUM):
@@ -663,6 +756,36 @@ def get_sgd_optimizer(model, lr=_PEAK_LR, momentum=_SGD_MOMENTUM):
     if float16:  # torch's fused step leaves the momentum uninitialised if it overflows at first
         optimizer.register_step_pre_hook(_start_momentum)
     return optimizer
+
+
+def get_step_lr_scheduler(optimizer, step_size=10, gamma=0.1):
+    """`torch.optim.lr_scheduler.StepLR`: the learning rate times `gamma` every `step_size` epochs."""
+    return lr_scheduler.StepLR(optimizer, step_size, gamma)
+
+
+def get_multi_step_lr_scheduler(optimizer, milestone=(10, 20), gamma=0.1):
+    """`torch.optim.lr_scheduler.MultiStepLR`: the learning rate times `gamma` after each epoch in `milestone`."""
+    return lr_scheduler.MultiStepLR(optimizer, milestone, gamma)
+
+
+def _interval_of(scheduler, interval=None, has_test_loss=True):
+    """After what to step `scheduler`: an "epoch", but a "batch" if that is how torch documents it, or a part of it."""
+    if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+        _require(has_test_loss, "scheduler", scheduler, "start_cnn, which has the test loss for a ReduceLROnPlateau,")
+        _require(interval != "batch", "scheduler_interval", interval, "'epoch' for a ReduceLROnPlateau")
+    by_batch = isinstance(scheduler, (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR))
+    by_batch = by_batch or "batch" in map(_interval_of, getattr(scheduler, "_schedulers", []))
+    return interval or ("batch" if by_batch else "epoch")
+
+
+def _steps_left(scheduler):
+    """How often `scheduler` can still be stepped: a OneCycleLR has an end, also as a part of another."""
+    if isinstance(scheduler, lr_scheduler.OneCycleLR):
+        return scheduler.total_steps - scheduler.last_epoch
+    left = [_steps_left(part) for part in getattr(scheduler, "_schedulers", [])]
+    if isinstance(scheduler, lr_scheduler.SequentialLR):
+        return scheduler._milestones[-1] - scheduler.last_epoch + left[-1]
+    return min(left, default=math.inf)
 
 
 def _start_momentum(optimizer, *_):
@@ -687,6 +810,8 @@ def _trainable(model):
     """The parameters of `model` that an optimiser moves."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _require(parameters, "model", model, "a model with trainable parameters")
+    is_lazy = any(map(nn.parameter.is_lazy, parameters))
+    _require(not is_lazy, "model", model, "a model whose lazy layers have seen a batch, model(images),")
     return parameters
 
 
@@ -697,62 +822,87 @@ class _Run:
     """A run of `start_cnn`: what it trains with, what has come of it so far, and how that is kept."""
 
     def __init__(self, model, optimizer, loss_fn, device, epochs, target_accuracy, path, progress):
-        _require(path is None or not Path(path).is_dir(), "checkpoint_path", str(path), "a file, not a folder,")
+        self.path = path and _path(path)
+        _require(not self.path or not self.path.is_dir(), "checkpoint_path", str(path), "a file, not a folder,")
         self.model, self.optimizer, self.loss_fn, self.device = model, optimizer, loss_fn, device
         self.epochs, self.target_accuracy, self.progress = int(epochs), target_accuracy, progress
-        self.path, self.history, self.initial = path and Path(path), History(), copy.deepcopy(model.state_dict())
-        self.best, self.parts = {}, []  # the weights of the best epoch; the loaders and what they are made of
+        self.history, self.best, self.parts = History(), {}, []  # `best`: the weights of the best epoch; see `begin`
+        self.rates = []  # of the optimiser, to be restored after the default schedule
 
     @contextmanager
     def surviving(self):
-        """An interrupt or a loss that is not finite ends what runs inside, with a warning and the best weights."""
+        """Whatever ends what runs inside, nothing is lost; an interrupt or a loss that is not finite is no error."""
         with torch.enable_grad(), torch.autocast(self.device.type, enabled=False):  # restored after any interrupt
             try:
                 yield
-                self.set_epoch(max(1, len(self.history.test)))  # for whoever uses the loaders next
                 self.history.status = self.outcome()
-            except (KeyboardInterrupt, FloatingPointError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):  # interrupted first
+            except BaseException as error:
+                self.end(error)
+                if self.history.status == "failed":
                     raise
-                diverged, why = isinstance(error, FloatingPointError), f": {_first_line(error)}" if str(error) else ""
-                self.history.status = "diverged" if diverged else "interrupted"
-                weights = self.best or (self.initial if diverged else None)
-                if weights:
-                    self.model.load_state_dict(weights)
-                why += "; try a lower learning rate" if diverged else ""
-                epoch = min(len(self.history.test) + 1, self.epochs)
-                warnings.warn(f"{self.history.status} in epoch {epoch} of {self.epochs}{why}", stacklevel=5)
-                self.set_epoch(max(1, len(self.history.test)))
+            finally:
+                self.set_epoch(max(1, len(self.history.test)))  # for whoever uses the loaders next
+                for group, rates in zip(self.optimizer.param_groups, self.rates, strict=False):
+                    group.pop("initial_lr", None)
+                    group.update(rates)
 
-    def begin(self, data_loader, scheduler, resume):
+    def end(self, error):
+        """Keep what can be kept of a run that `error` ends, and say so."""
+        history, why = self.history, f": {_first_line(error)}" if str(error) else ""
+        history.status = "interrupted" if _is_interrupt(error) else "failed"
+        if isinstance(error, _DivergenceError):
+            history.status = "diverged"
+            why += "; try a lower learning rate"
+            self.restore()
+        if self.best:
+            self.model.load_state_dict(self.best)
+        if history.status == "failed":
+            error.history = history
+            why += f"; the model has the weights of epoch {history.best_epoch}, the error these results as its .history"
+        if history.status != "failed" or history.test:
+            epoch = min(len(history.test) + 1, self.epochs)
+            warnings.warn(f"{history.status} in epoch {epoch} of {self.epochs}{why}", stacklevel=6)
+
+    def begin(self, data_loader, scheduler, interval, resume):
         """Check what can be checked, make what is missing, and continue from the checkpoint if there is one."""
         for loader in data_loader:
             _require(isinstance(loader, Iterable), "data_loader", loader, "an iterable of batches", TypeError)
-        loaders = [list(loader) if isinstance(loader, Iterator) else loader for loader in data_loader]  # to read again
-        self.train_loader, self.test_loader = loaders
-        self.parts = [getattr(each, name, None) for each in loaders for name in ("dataset", "sampler", "batch_sampler")]
-        self.parts += [*loaders, *(getattr(part, "sampler", None) for part in self.parts)]
-        self.suffix = getattr(self.parts[0], "_suffix", "")
-        is_own = getattr(scheduler, "optimizer", self.optimizer) is self.optimizer
-        fits = hasattr(scheduler, "step") and is_own and not isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
-        _require(scheduler is None or fits, "scheduler", scheduler, "one of this optimizer, to step after every batch,")
         _require(not resume or self.path, "resume", resume, "a checkpoint_path to continue from")
+        fits = hasattr(scheduler, "step") and getattr(scheduler, "optimizer", self.optimizer) is self.optimizer
+        _require(scheduler is None or fits, "scheduler", scheduler, "one of this optimizer")
+        interval, peak = _interval_of(scheduler, interval), "lr" if scheduler is None else "initial_lr"
+        lrs = [float(group.get(peak, group["lr"])) for group in self.optimizer.param_groups]
+        (self.train_loader, num_batches), (self.test_loader, _) = (_finite(each, self.progress) for each in data_loader)
+        for loader in (self.train_loader, self.test_loader):
+            _parts_of(loader, self.parts)
+        self.suffix = getattr(getattr(self.train_loader, "dataset", None), "_suffix", "")
         self.dry_run()
-        num_batches = length_hint(self.train_loader) or sum(1 for _ in self.train_loader)
-        self.scheduler = scheduler or _triangular_schedule(self.optimizer, max(1, self.epochs * num_batches))
+        if scheduler is None:
+            scheduler, interval = self.default_schedule(self.epochs * num_batches), "batch"
+        self.scheduler, self.batch_scheduler = scheduler, scheduler if interval == "batch" else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=_precision(self.device) is torch.float16)
         self.components = {name: getattr(self, name) for name in ("model", "optimizer", "scheduler", "scaler")}
-        rates = [float(group.get("initial_lr", group["lr"])) for group in self.optimizer.param_groups]
-        self.fingerprint = {name: type(component).__name__ for name, component in self.components.items()}
-        self.fingerprint |= {"loss": type(self.loss_fn).__name__, "learning rates": rates, "batches": num_batches}
-        self.fingerprint["generators of loaders"] = sum(name.startswith("loader") for name in self.random_states())
-        self.fingerprint |= {"epochs": self.epochs, "parameters": sum(map(torch.numel, self.model.parameters()))}
-        if resume and self.path.exists():
+        self.components |= {"loss": self.loss_fn} if isinstance(self.loss_fn, nn.Module) else {}
+        self.keep_initial()
+        self.fingerprint = self.identity(lrs, num_batches) if self.path else {}
+        is_there = self.path and self.path.exists()
+        if resume and is_there:
             self.load()
-        elif self.path and not self.path.exists():
-            self.save()  # an interrupt in the first epoch can be resumed from, too
+        needed = (self.epochs - len(self.history.test)) * (num_batches if interval == "batch" else 1)
+        left = _steps_left(scheduler)
+        _require(needed <= left, "steps left in scheduler", left, f"one for each of the {needed} steps of this run")
         if resume and self.progress:
             print(f"{self.path}: {len(self.history.test)} of {self.epochs} epochs are done{self.suffix}")
+        if is_there and not resume:
+            what = "will be replaced after the first epoch; with resume=True its run would continue"
+            warnings.warn(f"{self.path}: {what}", stacklevel=4)
+        elif self.path and not is_there:
+            with suppress(OSError):  # `save` says what is wrong
+                self.path.parent.mkdir(parents=True, exist_ok=True)  # now only: a folder that vanishes is not made anew
+            self.save()  # an interrupt in the first epoch can be resumed from, too
+        if self.path and any(getattr(part, "persistent_workers", False) for part in self.parts):
+            what = "persistent_workers keep their random states to themselves"
+            warnings.warn(f"data_loader: {what}, so a resumed run draws other numbers", stacklevel=4)
 
     def dry_run(self):
         """Run one test batch now, so that a bad loader or model fails before training."""
@@ -761,6 +911,15 @@ class _Run:
             for images, _ in batches:
                 with _autocast(self.device):
                     batches.check(self.model(images))
+
+    def default_schedule(self, num_steps):
+        """The schedule of a run without one; its peak is the learning rate that the optimiser has now."""
+        groups = self.optimizer.param_groups
+        names = "lr", "initial_lr"
+        self.rates = [copy.deepcopy({name: group[name] for name in names if name in group}) for group in groups]
+        for group in groups:
+            group.pop("initial_lr", None)  # of an earlier scheduler
+        return _triangular_schedule(self.optimizer, max(1, num_steps))
 
     def set_epoch(self, epoch):
         """Tell the number of the next epoch, from 0, to each part of the loaders with `set_epoch`, as torch's have."""
@@ -778,8 +937,23 @@ class _Run:
         }
         if torch.backends.mps.is_available():
             states["mps"] = torch.mps.get_rng_state, torch.mps.set_rng_state
-        own = [part.generator for part in self.parts if isinstance(getattr(part, "generator", None), torch.Generator)]
-        return states | {f"loader {i}": (each.get_state, each.set_state) for i, each in enumerate(dict.fromkeys(own))}
+        held = [[getattr(part, "generator", None), *getattr(part, "__dict__", {}).values()] for part in self.parts]
+        own = dict.fromkeys(value for values in held for value in values if isinstance(value, _GENERATORS))
+        return states | {f"loader {i}": _state_of(generator) for i, generator in enumerate(own)}
+
+    def identity(self, lrs, num_batches):
+        """What tells this run from others, by name; only a checkpoint of the same is continued."""
+        identity = {name: type(component).__name__ for name, component in self.components.items()}
+        identity |= {"loss": type(self.loss_fn).__name__, "learning rates": lrs, "batches": num_batches}
+        identity["generators of loaders"] = sum(name.startswith("loader") for name in self.random_states())
+        identity |= {"epochs": self.epochs, "parameters": sum(map(torch.numel, self.model.parameters()))}
+        identity["label_smoothing"] = getattr(self.loss_fn, "label_smoothing", None)
+        for name in (
+            "weight_decay",
+            *(("momentum", "betas") if self.rates else ()),
+        ):  # a scheduler may change these two
+            identity[name] = [group.get(name) for group in self.optimizer.param_groups]
+        return identity | {"data": _checksum(self.parts)}
 
     def outcome(self):
         """How the run has ended, None if it has not."""
@@ -790,6 +964,10 @@ class _Run:
 
     def record(self, train, test):
         """Keep the results of an epoch, its weights if they are the best so far, and all of it in the checkpoint."""
+        if isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step(test.loss)
+        elif self.batch_scheduler is None:
+            self.scheduler.step()
         history, best, number = self.history, self.best, len(self.history.test) + 1
         record = history.best_accuracy, history.best_epoch
         if test.accuracy > history.best_accuracy or not best:
@@ -799,6 +977,18 @@ class _Run:
         if self.path:
             self.save()
 
+    def keep_initial(self):
+        """Keep what training changes, for `restore`."""
+        names = [name for name in ("model", "optimizer", "loss") if name in self.components]
+        self.initial = copy.deepcopy({name: self.components[name].state_dict() for name in names})
+
+    def restore(self):
+        """Undo what training has done; the optimiser's rates and other settings stay as they are now."""
+        for name, state in self.initial.items():
+            if name == "optimizer":
+                state = self.optimizer.state_dict() | {"state": state["state"]}
+            self.components[name].load_state_dict(state)
+
     def save(self):
         """Write everything the run needs to continue."""
         content = {name: component.state_dict() for name, component in self.components.items()}
@@ -806,7 +996,13 @@ class _Run:
         content["random"] = {name: get_state() for name, (get_state, _) in self.random_states().items()}
         try:
             _write(_plain(content), self.path)
-        except (OSError, AttributeError, TypeError, pickle.PicklingError) as error:  # also of a scheduler's state
+        except (
+            OSError,
+            AttributeError,
+            TypeError,
+            ValueError,
+            pickle.PicklingError,
+        ) as error:  # also of a scheduler's state
             why = _first_line(error)
             warnings.warn(f"{self.path}: checkpoint not written ({why}); training continues", stacklevel=5)
 
@@ -832,24 +1028,87 @@ class _Run:
                 if name in content["random"] or name != "mps":  # the machine before may have had none
                     set_state(content["random"][name])
             self.history, self.best = History(**content["history"] | results), content["best"]
+            self.keep_initial()
         except Exception as error:  # what is in a foreign file can fail in any way
-            self.model.load_state_dict(self.initial)
+            self.restore()
             why = f"{self.path}: does not fit this run ({_first_line(error)})"
             raise ValueError(str(error) if str(self.path) in str(error) else why) from error
+
+
+_GENERATORS = torch.Generator, np.random.Generator, np.random.RandomState, random.Random
+
+
+def _state_of(generator):
+    """How to get and how to set the state of a random generator."""
+    if isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        return lambda: bits.state, lambda state: setattr(bits, "state", state)
+    names = ("getstate", "setstate") if isinstance(generator, random.Random) else ("get_state", "set_state")
+    return tuple(getattr(generator, name) for name in names)
+
+
+def _is_interrupt(error):
+    """Whether `error` is an interrupt, or that of a DataLoader which lost its workers to one."""
+    if isinstance(error, RuntimeError) and "killed by signal: Interrupt" in str(error):
+        return True
+    while isinstance(error, RuntimeError) and "DataLoader worker" in str(error) and error.__context__:
+        error = error.__context__
+    return isinstance(error, KeyboardInterrupt)
+
+
+def _finite(loader, progress):
+    """`loader`, if it can be read only once as a list, and the number of its batches; ValueError if it has no end."""
+    is_once, num_batches = isinstance(loader, Iterator), length_hint(loader)
+    if num_batches and not is_once:
+        return loader, num_batches
+    batches, size = [], 0
+    bar = tqdm(loader, "Counting batches", leave=False, mininterval=0.5, file=sys.stdout, disable=not progress)
+    for num_batches, batch in enumerate(bar, 1):
+        if is_once:
+            batches.append(batch)
+            size += sum(getattr(part, "nbytes", 0) for part in (batch if isinstance(batch, (tuple, list)) else ()))
+        if num_batches == 100_000 or size > 4e9:
+            raise ValueError(f"data_loader: no end in sight after {num_batches} batches; itertools.islice gives it one")
+    return batches if is_once else loader, num_batches
+
+
+def _parts_of(part, parts):
+    """Append to `parts` a loader and what it is made of: its data set, its samplers, and what these hold in turn."""
+    if part is not None and not any(part is known for known in parts):
+        parts.append(part)
+        many = getattr(part, "datasets", ())  # of a ConcatDataset
+        inner = [getattr(part, name, None) for name in ("dataset", "sampler", "batch_sampler")]
+        for each in (*inner, *(many if isinstance(many, (list, tuple)) else ())):
+            _parts_of(each, parts)
+
+
+def _checksum(parts):
+    """A checksum of the images and labels in `parts`, those that are arrays."""
+    checksum = 0
+    for part in parts:
+        values = [getattr(part, name, None) for name in ("data", "images", "targets", "labels", "indices")]
+        for value in (*values, *getattr(part, "tensors", ())):
+            with suppress(TypeError, ValueError, RuntimeError):  # no array
+                value = value[:100_000]
+                array = np.asarray(value.cpu() if isinstance(value, torch.Tensor) else value)
+                if array.dtype.kind in "biuf":
+                    checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
+    return checksum
 
 
 def seed_everything(seed=SEED, deterministic=False):
     """Seed Python's, NumPy's and torch's random generators.
 
     `deterministic` also has torch choose algorithms that give the same bits on every run, some of them slower
-    (https://pytorch.org/docs/stable/notes/randomness.html). On CUDA call it before anything else.
+    (https://pytorch.org/docs/stable/notes/randomness.html); without it that setting stays as it is. On CUDA call it
+    before anything else.
     """
     random.seed(int(seed))
     np.random.seed(seed)
     torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.benchmark = False
     if deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS at its first call
 
 
@@ -858,25 +1117,41 @@ def seed_everything(seed=SEED, deterministic=False):
 
 def save_model(model, path):
     """Save the weights of `model` to `path`, for `load_model`: written beside it and renamed, so never half a file."""
-    _write(model.state_dict(), path)
+    _path(path).parent.mkdir(parents=True, exist_ok=True)
+    _write(_plain(model.state_dict()), path)
 
 
 def load_model(model, path, device=None):
     """Load the weights saved at `path` into `model`, move it to `device` (default: leave it where it is), return it.
 
-    Raises FileNotFoundError if there is no file, ValueError if it holds anything but sound weights of this model.
+    From a checkpoint of `start_cnn` come the weights of its best epoch; those of a compiled or `DataParallel` model fit
+    the plain one, and the other way round. Raises FileNotFoundError if there is no file, ValueError if it holds
+    anything but sound weights of this model.
     """
-    weights, expected = _read(path), {name: tensor.shape for name, tensor in model.state_dict().items()}
+    weights, names = _read(path), {_plain_name(name): name for name in model.state_dict()}
+    if isinstance(weights, dict) and {"fingerprint", "made_with"} & weights.keys():
+        weights = weights["best"] or weights["model"]
     weights = weights if isinstance(weights, dict) else {"its content": weights}
-    found = {name: getattr(tensor, "shape", type(tensor).__name__) for name, tensor in weights.items()}
+    weights = {names.get(_plain_name(name), name): value for name, value in weights.items()}
+    expected, found = map(_shapes, (model.state_dict(), weights))
     for name in [*expected, *found]:
         if found.get(name) != expected.get(name):
-            what = "a checkpoint of start_cnn, not" if {"fingerprint", "made_with"} & found.keys() else "not"
             shapes = f"{name}: {found.get(name)} instead of {expected.get(name)}"
-            raise ValueError(f"{path}: {what} the weights of a {type(model).__name__} ({shapes})")
+            raise ValueError(f"{path}: not the weights of a {type(model).__name__} ({shapes})")
     _require_no_nan(weights, path)
     model.load_state_dict(weights)
     return model if device is None else model.to(device)
+
+
+def _plain_name(name):
+    """The `name` of a weight without what `torch.compile` and `DataParallel` put before it."""
+    return re.sub(r"^module\.|_orig_mod\.", "", str(name))
+
+
+def _shapes(state):
+    """The shape of each tensor in a `state_dict`; what `get_extra_state` returned may be anything."""
+    tensors = {name: value for name, value in state.items() if not str(name).endswith("_extra_state")}
+    return {name: getattr(value, "shape", type(value).__name__) for name, value in tensors.items()}
 
 
 def _require_no_nan(weights, path):
@@ -894,12 +1169,23 @@ def get_drive_path(folder, filename):
     return f"/content/gdrive/My Drive/Colab Notebooks/EVA4/{folder}/{filename}"
 
 
+def _path(path):
+    """`path` as a `Path`, with ~ for the home folder."""
+    return Path(path).expanduser()
+
+
 def _write(content, path):
     """`torch.save` beside `path`, flushed to the disk, then renamed: a break leaves the old file or the new one."""
-    path, buffer = Path(path), io.BytesIO()
+    path, buffer = _path(path), io.BytesIO()
     _require(not path.is_dir(), "path", str(path), "a file, not a folder,")
     torch.save(content, buffer)  # in memory: into a file it would turn an interrupt or a full disk into a RuntimeError
-    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"a {found[1]} in it" if found else _first_line(error)
+        raise ValueError(f"{path}: could not be read back, for {what} is neither a tensor nor a plain value") from error
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("wb") as file:
@@ -914,7 +1200,7 @@ def _write(content, path):
 def _read(path):
     """What `_write` wrote: tensors and plain values only, for a pickle can run code. On the CPU."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(_path(path), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # a file of another kind can fail in any way
@@ -944,8 +1230,18 @@ class _ArrayDataset(Dataset):
     def __len__(self):
         return len(self.data)
 
+    def __repr__(self):
+        return f"Dataset({len(self):,} images of {len(self.classes)} classes{self._suffix})"
+
     def __getitem__(self, index):
         return self.transform(self.data[index]), self.targets[index]
+
+
+class _Loader(DataLoader):
+    """A `DataLoader` that says what it holds."""
+
+    def __repr__(self):
+        return f"DataLoader({len(self)} batches of {self.batch_size} from {self.dataset})"
 
 
 def get_cifar10_dataset(mean=CIFAR10_MEAN, std=CIFAR10_STD, *, root="./data", download=True):
@@ -959,7 +1255,7 @@ def get_cifar10_dataset(mean=CIFAR10_MEAN, std=CIFAR10_STD, *, root="./data", do
     ValueError naming the file or folder that is not as it should be.
     """
     _normalize_colours(mean, std)  # checked before the download
-    root = Path(root)
+    root = _path(root)
     if not any((root / name).is_dir() for name in (_BATCHES, "train", "test")):
         if not download and not (root / _ARCHIVE).is_file():
             raise FileNotFoundError(f"no CIFAR-10 in {root}: neither {_BATCHES} nor {_ARCHIVE} nor train/ and test/")
@@ -999,9 +1295,10 @@ def _read_image_folders(root, split):
     folder, classes = root / split, set(CIFAR10_CLASSES)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder, needed beside the other split's")
-    files = sorted(path for path in folder.glob("[!.]*/*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    paths = [path for path in folder.glob("[!.]*/[!.]*") if path.parent.name != "__MACOSX"]  # nothing of macOS's own
+    files = sorted(path for path in paths if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
     missing = sorted(classes - {path.parent.name for path in files})
-    unknown = sorted({path.name for path in folder.glob("[!.]*") if path.is_dir()} - classes)
+    unknown = sorted({path.name for path in folder.glob("[!.]*") if path.is_dir()} - classes - {"__MACOSX"})
     if missing or unknown:
         needed = "a folder with PNG or JPEG images for each class of CIFAR-10 is needed"
         raise ValueError(f"{folder}: {needed}; missing {missing}, unknown {unknown}")
@@ -1009,7 +1306,9 @@ def _read_image_folders(root, split):
     bar = tqdm(files, desc=f"Reading {folder}", unit=" images", mininterval=0.5, file=sys.stdout)
     for image, path in zip(images, bar, strict=True):
         try:
-            pixels = np.asarray(datasets.folder.pil_loader(path))
+            with Image.open(path) as picture:
+                _require(picture.mode[0] not in "IF", "mode", picture.mode, "8 bits a colour")
+                pixels = np.asarray(picture.convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:  # Pillow's ways to refuse a file
             raise ValueError(f"{path}: not a readable image ({error})") from error
         if pixels.shape != image.shape:
@@ -1020,26 +1319,48 @@ def _read_image_folders(root, split):
 
 def _arrays_of(dataset):
     """Images (uint8 N×H×W×3), labels, mean, std and suffix of `dataset`; a `Subset` is followed back to its source."""
-    if isinstance(dataset, Subset):
+    if type(dataset) is Subset:
         images, labels, *rest = _arrays_of(dataset.dataset)
         _require(len(dataset), "dataset", dataset.indices, "a Subset with images")
         chosen = torch.as_tensor(dataset.indices).long()
         return images[chosen], labels[chosen], *rest
     if not hasattr(dataset, "data") or not hasattr(dataset, "targets"):
-        raise TypeError(f"dataset: {type(dataset).__name__} has no .data and .targets; a DataLoader takes any dataset")
+        raise TypeError(f"dataset: {type(dataset).__name__} has no .data and .targets; {_WAY_OUT}")
     images, classes = np.asarray(dataset.data), list(getattr(dataset, "classes", None) or range(1000))
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
-        raise ValueError(f"dataset: .data of uint8 N×H×W×3 is needed, not of {images.dtype} {images.shape}")
+        raise ValueError(f"dataset: .data of uint8 N×H×W×3 is needed, not of {images.dtype} {images.shape}; {_WAY_OUT}")
     labels = _as_labels("dataset.targets", dataset.targets, len(images), classes)
-    mean_and_std = np.array(_normalization(getattr(dataset, "transform", None)) or (0.0, 1.0), dtype=np.float32)
-    return torch.as_tensor(images), labels, *torch.from_numpy(mean_and_std), getattr(dataset, "_suffix", "")
+    mean, std = (torch.as_tensor(each, dtype=torch.float32) for each in _normalization(dataset))
+    is_known = getattr(type(dataset), "__getitem__", None) in (_ArrayDataset.__getitem__, datasets.CIFAR10.__getitem__)
+    step = len(images) // 3 + 1 if is_known else 1
+    for index in range(0, len(images), step) if hasattr(dataset, "__getitem__") else ():  # what it does to its items
+        image, label = dataset[index]
+        image = image if isinstance(image, torch.Tensor) else to_tensor()(image)
+        expected = ((torch.as_tensor(images[index]) / 255 - mean) / std).permute(2, 0, 1)
+        if label != labels[index] or image.shape != expected.shape or not image.allclose(expected, 1e-3, 1e-3):
+            raise ValueError(f"dataset: item {index} is more than its .data normalised and its .targets; {_WAY_OUT}")
+    return torch.as_tensor(images), labels, mean, std, getattr(dataset, "_suffix", "")
 
 
-def _normalization(transform):
-    """Mean and std of the first `Normalize` in `transform`, None if there is none."""
-    if isinstance(transform, (transforms.Normalize, v2.Normalize)):
-        return transform.mean, transform.std
-    return next(filter(None, map(_normalization, getattr(transform, "transforms", []))), None)
+_WAY_OUT = "a torch.utils.data.DataLoader takes any dataset"
+
+
+def _normalization(dataset):
+    """Mean and std of the `Normalize` of `dataset`; raises ValueError if it transforms images or labels otherwise."""
+    steps, mean, std = [getattr(dataset, "transform", None)], (0.0,), (1.0,)
+    if getattr(dataset, "target_transform", None) is not None:
+        raise ValueError(f"dataset: its target_transform would be left out; {_WAY_OUT}")
+    for step in steps:  # it grows
+        if isinstance(step, (transforms.Compose, v2.Compose, nn.Sequential)):
+            steps += getattr(step, "transforms", step)
+        elif isinstance(step, (transforms.Normalize, v2.Normalize)) and mean == (0.0,):
+            mean, std = step.mean, step.std
+        elif step is not None and type(step).__name__ not in _CONVERSIONS:
+            raise ValueError(f"dataset: its transform {' '.join(repr(step).split())} would be left out; {_WAY_OUT}")
+    return mean, std
+
+
+_CONVERSIONS = "ToTensor", "PILToTensor", "ConvertImageDtype", "ToImage", "ToDtype", "ToPureTensor", "ToPILImage"
 
 
 def to_normalize(mean, std):
@@ -1131,7 +1452,7 @@ def download_cifar10(root="./data", *, mirrors=CIFAR10_MIRRORS):
     Raises ConnectionError naming each source with its reason, ValueError if a folder of that name holds something else,
     OSError if the disk is full or `root` cannot be written.
     """
-    root = Path(root)
+    root = _path(root)
     folder, archive = root / _BATCHES, root / _ARCHIVE
     if not folder.exists():
         whole = archive.exists() and check_integrity(archive, _ARCHIVE_MD5)
@@ -1270,16 +1591,25 @@ def receptive_field(model, input_size=(3, 32, 32)):
     model, or the function's), `kernel_size`, `stride`, `dilation`, `output_size`, `jump` (input pixels between two
     neighbouring cells of the output) and `receptive_field` (input pixels that a cell sees): sides in pixels, or
     `(height, width)` if the two differ. Global pooling and flattening see all of an image of `input_size` = (channels,
-    height, width). Where branches meet, the larger view counts. Changes of size that cannot be followed are warned of.
+    height, width). Where branches meet, the larger view counts. What cannot be followed, such as attention, transposed
+    convolution or indexing, is warned of. Raises ValueError if the model cannot process such images.
 
-    The arithmetic is that of Araujo, Norris and Sim, https://distill.pub/2019/computing-receptive-fields.
+    The arithmetic is that of Araujo, Norris and Sim, https://distill.pub/2019/computing-receptive-fields; how far a NaN
+    in the middle of the image spreads tells whether it holds.
     """
-    model, images = _cpu_copy(model, input_size), torch.zeros(1, *input_size)
+    model, images = _cpu_copy(model, input_size), torch.zeros(1, *input_size, dtype=torch.float32, device="cpu")
     images.seen = np.array([(1, 1), (1, 1), input_size[1:]])
+    images[..., input_size[1] // 2, input_size[2] // 2] = math.nan
     tracer = _ViewTracer(model)
-    with torch.no_grad(), tracer:
-        output = model(images)
-    seen = getattr(output[0] if isinstance(output, (tuple, list)) else output, "seen", None)
+    try:
+        with torch.no_grad(), torch.device("cpu"), tracer:
+            output = model(images)
+    except Exception as error:  # a foreign model can fail in any way
+        size = "×".join(map(str, input_size))
+        raise ValueError(f"model: cannot process an image of {size} ({_first_line(error)})") from error
+    while isinstance(output, (tuple, list, dict)) and output:
+        output = next(iter(output.values() if isinstance(output, dict) else output))
+    seen = getattr(output, "seen", None)
     if tracer.rows and seen is not None and (seen[0] != tracer.field).any():  # another branch ran last
         tracer.add_row("output", 1, 1, 1, *seen)
     return tracer.rows
@@ -1294,6 +1624,8 @@ _WINDOWED = {  # what slides a window, and its arguments in order
 }
 _COLUMNS = ("layer", "kernel_size", "stride", "dilation", "output_size", "jump", "receptive_field")
 _POOLING = "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "sum", "amax", "amin"
+_MOVING = "roll", "flip", "gather", "index_select", "grid_sample"  # the size stays, but not the place
+_ATTENTION = "multi_head_attention_forward", "scaled_dot_product_attention"
 
 
 class _ViewTracer(TorchFunctionMode):
@@ -1302,6 +1634,7 @@ class _ViewTracer(TorchFunctionMode):
     def __init__(self, model):
         super().__init__()
         self.rows, self.layer = [], None  # the one that is running
+        self.is_followed = True  # so far
         for name, layer in model.named_modules():
             if not [*layer.children()] and not isinstance(layer, torch.jit.ScriptModule):
                 layer.register_forward_pre_hook(lambda *_, name=name: setattr(self, "layer", name))
@@ -1313,18 +1646,19 @@ class _ViewTracer(TorchFunctionMode):
         outputs = [part for part in groups[0] if isinstance(part, torch.Tensor)]
         inputs = [part.seen for group in groups[1:] for part in group if hasattr(part, "seen")]
         if inputs and outputs:
-            seen = self.step(function.__name__, args, kwargs, np.stack(inputs), outputs[0].shape)
+            seen = self.step(function.__name__, args, kwargs, np.stack(inputs), outputs[0])
             for tensor in outputs:
                 tensor.seen = seen
         return output
 
-    def step(self, function, args, kwargs, inputs, shape):
-        """What an output of this `shape` sees; adds a row if that is more, or moves further, than the `inputs` do."""
+    def step(self, function, args, kwargs, inputs, output):
+        """What `output` sees; adds a row if that is more, or moves further, than the `inputs` do."""
         field = inputs[:, 0].max(0)  # where branches meet, the larger
         _, jump, size = inputs[inputs[:, 2].prod(1).argmax()]  # where a map meets a number, the map's
-        new_size = np.array(shape[2:] if len(shape) == 4 else size if len(shape) == 3 else (1, 1))
+        shape, is_kept = tuple(output.shape), _cells(output, size) is not None or output.ndim == 3
+        new_size = size if is_kept and function not in _WINDOWED else np.array(shape[-2:] if len(shape) > 3 else (1, 1))
         kernel = stride = dilation = np.ones(2, int)
-        layer = function if self.layer is None else self.layer
+        layer, followed = function if self.layer is None else self.layer, function not in (*_MOVING, *_ATTENTION)
         if function in _WINDOWED:
             given = dict(zip(_WINDOWED[function], args, strict=False)) | kwargs
             sizes = given["weight"].shape[2:] if "weight" in given else given["kernel_size"]
@@ -1333,9 +1667,20 @@ class _ViewTracer(TorchFunctionMode):
         elif function in _POOLING or len(shape) < 3:  # each cell sees the same share of all there is
             stride = size // new_size
             kernel = size - (new_size - 1) * stride
-        elif function != "pad" and (new_size != size).any():
-            warnings.warn(f"the receptive field leaves out {layer}, which it cannot follow", stacklevel=2)
+            followed = not (size % new_size).any()
+        elif function == "__getitem__":
+            index = args[1] if isinstance(args[1], tuple) else args[1:]
+            followed = not any(isinstance(each, (torch.Tensor, list)) for each in index)
         seen = np.array([field + (kernel - 1) * dilation * jump, jump * stride, new_size])
+        followed &= bool(kernel.max() > 1 or stride.max() > 1 or function == "pad" or (new_size == size).all())
+        cells = _cells(output, new_size)
+        if cells is not None and self.is_followed and output.isnan().any():
+            rows = [cells.any(1 - side).nonzero() for side in (0, 1)]
+            extent = [int(each.max() - each.min()) + 1 if len(each) else 0 for each in rows]
+            followed &= bool((np.array(extent) <= np.ceil(seen[0] / seen[1])).all())
+        if not followed:
+            self.is_followed = False
+            warnings.warn(f"the receptive field leaves out {layer}, which it cannot follow", stacklevel=2)
         if kernel.max() > 1 or stride.max() > 1:
             self.add_row(layer, kernel, stride, dilation, *seen)
         return seen
@@ -1347,17 +1692,35 @@ class _ViewTracer(TorchFunctionMode):
         self.field = field
 
 
+def _cells(tensor, size):
+    """Which cells of a map of `size` have NaN somewhere in `tensor`, …×H×W, N×H×W×C, N×C×HW or N×HW×C; else None."""
+    nan, (height, width) = tensor.isnan(), size
+    if tensor.ndim >= 4 and tensor.shape[-2:] == (height, width):
+        return nan.flatten(0, -3).any(0)
+    if tensor.ndim == 4 and tensor.shape[1:3] == (height, width):
+        return nan.any(3).any(0)
+    for axis in (1, 2):
+        if tensor.ndim == 3 and tensor.shape[axis] == height * width:
+            return nan.any(3 - axis).any(0).reshape(height, width)
+    return None
+
+
 def model_summary(model, input_size, device=None):
     """Print torchsummary's table of `model`, its parameter count and its receptive field, layer by layer.
 
     `input_size` is (channels, height, width). The model and the random state stay as they are: all is computed on a
     copy on the CPU, whatever the `device`, which older notebooks pass.
     """
-    with torch.random.fork_rng(devices=[]):  # torchsummary draws a random input
-        torchsummary.summary(_cpu_copy(model, input_size), tuple(input_size), device="cpu")
-    total = sum(parameter.numel() for parameter in model.parameters())
-    print(f"Parameters: {total:,}, of them trainable: {count_parameters(model):,}")
-    rows = receptive_field(model, input_size)
+    rows, table, copied = receptive_field(model, input_size), io.StringIO(), _cpu_copy(model, input_size)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # torchsummary draws a random input
+        try:
+            with redirect_stdout(table):
+                torchsummary.summary(copied, tuple(input_size), device="cpu")
+            print(table.getvalue(), end="")
+        except Exception as error:  # it knows only layers that return one tensor
+            print(f"torchsummary has no table for this model ({type(error).__name__}: {_first_line(error)})")
+    total = sum(parameter.numel() for parameter in copied.parameters())
+    print(f"Parameters: {total:,}, of them trainable: {count_parameters(copied):,}")
     for row in [dict(zip(_COLUMNS, _COLUMNS, strict=True)), *rows]:
         print("  ".join(f"{row[name]!s:>{max(11, len(name))}}" for name in _COLUMNS))
     print(f"Receptive field: {rows[-1]['receptive_field'] if rows else 1}")
@@ -1370,7 +1733,26 @@ def _cpu_copy(model, input_size):
     _require(len(input_size) == 3, "input_size", input_size, needed)
     for number in input_size:
         _number(int)("input_size", number)
-    return copy.deepcopy(model).cpu().float().eval()
+    memo = {}  # what need not, or cannot, be copied: hooks, a lock, a tensor of the last pass
+    for module in model.modules():
+        held = [value for name, value in vars(module).items() if name not in vars(nn.Module())]
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        for value in (*held, *module._buffers.values(), *filter(_is_foreign, hooks)):
+            try:
+                copy.deepcopy(value)
+            except Exception:  # anything can be there
+                memo[id(value)] = value
+    copied = copy.deepcopy(model, memo).cpu().float().eval()
+    for module in copied.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if _is_foreign(hook)]:
+                del hooks[key]
+    return copied
+
+
+def _is_foreign(hook):
+    """Whether a module's `hook` is a user's: torch's own prepare weights, and ours check images."""
+    return not str(getattr(hook, "__module__", "")).startswith(("torch.", __name__))
 
 
 # --- Plots -----------------------------------------------------------------------------------------------------------
@@ -1430,19 +1812,19 @@ def plot_history(history):
     `history` is a `History`, or a dict of them by name to compare, each in a colour that the colour-blind tell apart.
     """
     histories = history if isinstance(history, dict) else {"": history}
-    are_histories = all(isinstance(one, History) for one in histories.values())
+    are_histories = all(hasattr(one, "train") and hasattr(one, "test") for one in histories.values())
     _require(are_histories, "history", history, "a History, or a dict of them by name,", TypeError)
     _require(histories, "history", history, "at least one")
     colours = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"  # of Okabe and Ito
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, quantity, unit in zip(axes, ("accuracy", "loss"), ("accuracy (%)", "cross entropy"), strict=True):
         for (name, one), colour in zip(histories.items(), cycle(colours)):
-            for phase, style in (("test", "o-"), ("train", "o:")):
+            for phase, line, fill in (("test", "o-", colour), ("train", "o:", "white")):
                 values = [getattr(result, quantity) for result in getattr(one, phase)]
-                label = f"{name} {phase}".strip()
-                axis.plot(range(1, len(values) + 1), values, style, color=colour, markersize=4, label=label)
+                style = {"color": colour, "markersize": 4, "markerfacecolor": fill, "label": f"{name} {phase}".strip()}
+                axis.plot(range(1, len(values) + 1), values, line, **style)
         axis.set(title=quantity.capitalize(), xlabel="epoch", ylabel=unit)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(histories))
     plt.close(figure)
@@ -1558,10 +1940,12 @@ _CHECKS = {  # of arguments, by name, which means the same in every function; fi
     "seed_everything.seed": _number(int, 0, 2**32 - 1),
     **dict.fromkeys(("dataset", "start_cnn.data_loader"), _PAIR),
     **dict.fromkeys(("batch_size", "columns", "count", "epochs", "fm_size", "num_train", "num_test"), _number(int)),
+    "step_size": _number(int),
+    "scheduler_interval": _must(lambda value: value in ("epoch", "batch"), "'epoch' or 'batch'", ValueError),
     "seed": _number(int, 0, 2**63 - 1),
     "lr": _number(float, sys.float_info.min),
     **dict.fromkeys(("momentum", "label_smoothing"), _number(float, 0, 1)),
-    "target_accuracy": _number(float, 0, 100),
+    "target_accuracy": _number(float, 1, 100),
     "augment": _must(lambda value: isinstance(value, (bool, np.bool_)), "True or False"),
     **dict.fromkeys(("deterministic", "download", "progress", "resume", "tta"), _TRUE_OR_FALSE),
     **dict.fromkeys(("path", "checkpoint_path", "root"), _PATH),
@@ -1611,14 +1995,16 @@ def _parse(arguments):
     add("--epochs", type=int, metavar="N", help="how many to train for, at most (default: 1)")
     add("--target", type=float, metavar="PERCENT", help="test accuracy to stop at (default: 80, none with --epochs)")
     folder = "holds cifar-10-batches-py, its archive, or train/<class>/ and test/<class>/ (default: ./data, downloaded)"
-    data.add_argument("--data", metavar="DIR", help=folder)
+    data.add_argument("--data", type=os.path.expanduser, metavar="DIR", help=folder)
     data.add_argument("--synthetic", action="store_true", help="train on drawn pictures, which need no download")
     add("--batch-size", type=int, default=_BATCH_SIZE, metavar="N", help="default: %(default)s")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     add("--seed", type=int, default=SEED, metavar="N", help="default: %(default)s")
-    add("--checkpoint", type=Path, metavar="FILE", help="after every epoch, write everything the run needs to continue")
+    add(
+        "--checkpoint", type=_path, metavar="FILE", help="after every epoch, write everything the run needs to continue"
+    )
     add("--resume", action="store_true", help="continue from --checkpoint, if that file exists")
-    add("--save", type=Path, metavar="FILE", help="write the trained weights, for load_model")
+    add("--save", type=_path, metavar="FILE", help="write the trained weights, for load_model")
     add("--version", action="version", version=__version__)
     options = parser.parse_args(arguments)
     if options.resume and not options.checkpoint:
@@ -1630,7 +2016,7 @@ def _parse(arguments):
         if path.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
             parser.error(f"{path}: cannot be written")
     checks = {name: _CHECKS[name] for name in ("epochs", "batch_size", "device")}
-    checks |= {"seed": _CHECKS["seed_everything.seed"], "target": _number(float, 1, 100)}
+    checks |= {"seed": _CHECKS["seed_everything.seed"], "target": _CHECKS["target_accuracy"]}
     try:
         for name, check in checks.items():
             if getattr(options, name) is not None:
