@@ -220,7 +220,7 @@ def _tie_gradients(layer):
     """Average each gradient of a `_mirrored` layer with its own mirror image, whatever the optimiser."""
     for parameter in layer.parameters():
         dims = [dim for dim in layer.mirrored if dim < parameter.ndim]
-        if not parameter._backward_hooks:  # not tied yet
+        if parameter.requires_grad and not parameter._backward_hooks:  # not tied yet
             parameter.register_hook(lambda gradient, dims=dims: torch.lerp(gradient, gradient.flip(dims), 0.5))
 
 
@@ -721,7 +721,7 @@ def predict(model, data_loader, device, *, tta=False):
 
 @torch.no_grad()
 def _prepare_training(model):
-    """Training mode, unless a part of `model` is in it: then the others are frozen. Mirror pairs are made so again.
+    """Put `model` into training mode, unless a part of it is: the others are frozen then. Restore its mirror pairs.
 
     `apply` and `load_state_dict` can bring weights that do not mirror each other, or lose the hooks on the gradients.
     """
@@ -811,7 +811,7 @@ def _trainable(model):
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _require(parameters, "model", model, "a model with trainable parameters")
     is_lazy = any(map(nn.parameter.is_lazy, parameters))
-    _require(not is_lazy, "model", model, "a model whose lazy layers have seen a batch, model(images),")
+    _require(not is_lazy, "model", model, "no lazy layer without weights (run a batch through the model first)")
     return parameters
 
 
@@ -948,10 +948,8 @@ class _Run:
         identity["generators of loaders"] = sum(name.startswith("loader") for name in self.random_states())
         identity |= {"epochs": self.epochs, "parameters": sum(map(torch.numel, self.model.parameters()))}
         identity["label_smoothing"] = getattr(self.loss_fn, "label_smoothing", None)
-        for name in (
-            "weight_decay",
-            *(("momentum", "betas") if self.rates else ()),
-        ):  # a scheduler may change these two
+        moved = ("momentum", "betas") if self.rates else ()  # but by some schedulers
+        for name in ("weight_decay", "nesterov", *moved):
             identity[name] = [group.get(name) for group in self.optimizer.param_groups]
         return identity | {"data": _checksum(self.parts)}
 
@@ -1128,11 +1126,12 @@ def load_model(model, path, device=None):
     the plain one, and the other way round. Raises FileNotFoundError if there is no file, ValueError if it holds
     anything but sound weights of this model.
     """
-    weights, names = _read(path), {_plain_name(name): name for name in model.state_dict()}
+    weights = _read(path)
     if isinstance(weights, dict) and {"fingerprint", "made_with"} & weights.keys():
-        weights = weights["best"] or weights["model"]
+        weights = weights.get("best") or weights.get("model")
     weights = weights if isinstance(weights, dict) else {"its content": weights}
-    weights = {names.get(_plain_name(name), name): value for name, value in weights.items()}
+    names = dict(zip(_unwrapped(model.state_dict()), model.state_dict(), strict=True))
+    weights = {names.get(name, name): value for name, value in zip(_unwrapped(weights), weights.values(), strict=True)}
     expected, found = map(_shapes, (model.state_dict(), weights))
     for name in [*expected, *found]:
         if found.get(name) != expected.get(name):
@@ -1143,9 +1142,12 @@ def load_model(model, path, device=None):
     return model if device is None else model.to(device)
 
 
-def _plain_name(name):
-    """The `name` of a weight without what `torch.compile` and `DataParallel` put before it."""
-    return re.sub(r"^module\.|_orig_mod\.", "", str(name))
+def _unwrapped(state):
+    """The names in a `state_dict` without what `torch.compile` and `DataParallel` put before them."""
+    names = [str(name).replace("_orig_mod.", "") for name in state]
+    while names and all(name.startswith("module.") for name in names):
+        names = [name.removeprefix("module.") for name in names]
+    return names
 
 
 def _shapes(state):
@@ -1594,19 +1596,15 @@ def receptive_field(model, input_size=(3, 32, 32)):
     height, width). Where branches meet, the larger view counts. What cannot be followed, such as attention, transposed
     convolution or indexing, is warned of. Raises ValueError if the model cannot process such images.
 
-    The arithmetic is that of Araujo, Norris and Sim, https://distill.pub/2019/computing-receptive-fields; how far a NaN
+    The arithmetic is that of Araujo, Norris and Sim, https://distill.pub/2019/computing-receptive-fields; how far NaN
     in the middle of the image spreads tells whether it holds.
     """
     model, images = _cpu_copy(model, input_size), torch.zeros(1, *input_size, dtype=torch.float32, device="cpu")
     images.seen = np.array([(1, 1), (1, 1), input_size[1:]])
-    images[..., input_size[1] // 2, input_size[2] // 2] = math.nan
-    tracer = _ViewTracer(model)
-    try:
-        with torch.no_grad(), torch.device("cpu"), tracer:
-            output = model(images)
-    except Exception as error:  # a foreign model can fail in any way
-        size = "×".join(map(str, input_size))
-        raise ValueError(f"model: cannot process an image of {size} ({_first_line(error)})") from error
+    row, column = input_size[1] // 2, input_size[2] // 2
+    images[..., row, column : column + 2] = math.nan  # two, to tell columns from rows
+    with _ViewTracer(model) as tracer:
+        output = _output_of(model, images)
     while isinstance(output, (tuple, list, dict)) and output:
         output = next(iter(output.values() if isinstance(output, dict) else output))
     seen = getattr(output, "seen", None)
@@ -1642,11 +1640,13 @@ class _ViewTracer(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         output, kwargs = function(*args, **kwargs or {}), kwargs or {}
-        groups = [part if isinstance(part, (list, tuple)) else [part] for part in (output, *args, *kwargs.values())]
+        name, given = function.__name__, (*args, *kwargs.values())
+        given = given[:1] if name in ("to", "type_as", "view_as", "expand_as") else given  # the other has the form only
+        groups = [part if isinstance(part, (list, tuple)) else [part] for part in (output, *given)]
         outputs = [part for part in groups[0] if isinstance(part, torch.Tensor)]
         inputs = [part.seen for group in groups[1:] for part in group if hasattr(part, "seen")]
-        if inputs and outputs:
-            seen = self.step(function.__name__, args, kwargs, np.stack(inputs), outputs[0])
+        if inputs and outputs and not name.endswith("_like") and not name.startswith("new_"):
+            seen = self.step(name, args, kwargs, np.stack(inputs), outputs[0])
             for tensor in outputs:
                 tensor.seen = seen
         return output
@@ -1655,7 +1655,7 @@ class _ViewTracer(TorchFunctionMode):
         """What `output` sees; adds a row if that is more, or moves further, than the `inputs` do."""
         field = inputs[:, 0].max(0)  # where branches meet, the larger
         _, jump, size = inputs[inputs[:, 2].prod(1).argmax()]  # where a map meets a number, the map's
-        shape, is_kept = tuple(output.shape), _cells(output, size) is not None or output.ndim == 3
+        shape, is_kept = tuple(output.shape), output.ndim == 3 or bool(_extents(output, size))
         new_size = size if is_kept and function not in _WINDOWED else np.array(shape[-2:] if len(shape) > 3 else (1, 1))
         kernel = stride = dilation = np.ones(2, int)
         layer, followed = function if self.layer is None else self.layer, function not in (*_MOVING, *_ATTENTION)
@@ -1670,14 +1670,12 @@ class _ViewTracer(TorchFunctionMode):
             followed = not (size % new_size).any()
         elif function == "__getitem__":
             index = args[1] if isinstance(args[1], tuple) else args[1:]
+            index = index if index[0] is ... else index[2:]  # of rows and columns
             followed = not any(isinstance(each, (torch.Tensor, list)) for each in index)
         seen = np.array([field + (kernel - 1) * dilation * jump, jump * stride, new_size])
         followed &= bool(kernel.max() > 1 or stride.max() > 1 or function == "pad" or (new_size == size).all())
-        cells = _cells(output, new_size)
-        if cells is not None and self.is_followed and output.isnan().any():
-            rows = [cells.any(1 - side).nonzero() for side in (0, 1)]
-            extent = [int(each.max() - each.min()) + 1 if len(each) else 0 for each in rows]
-            followed &= bool((np.array(extent) <= np.ceil(seen[0] / seen[1])).all())
+        if self.is_followed and (extents := _extents(output, new_size)):
+            followed &= bool((np.ceil((seen[0] + (0, 1)) / seen[1]) >= extents).all(1).any())
         if not followed:
             self.is_followed = False
             warnings.warn(f"the receptive field leaves out {layer}, which it cannot follow", stacklevel=2)
@@ -1692,17 +1690,19 @@ class _ViewTracer(TorchFunctionMode):
         self.field = field
 
 
-def _cells(tensor, size):
-    """Which cells of a map of `size` have NaN somewhere in `tensor`, …×H×W, N×H×W×C, N×C×HW or N×HW×C; else None."""
-    nan, (height, width) = tensor.isnan(), size
-    if tensor.ndim >= 4 and tensor.shape[-2:] == (height, width):
-        return nan.flatten(0, -3).any(0)
-    if tensor.ndim == 4 and tensor.shape[1:3] == (height, width):
-        return nan.any(3).any(0)
-    for axis in (1, 2):
-        if tensor.ndim == 3 and tensor.shape[axis] == height * width:
-            return nan.any(3 - axis).any(0).reshape(height, width)
-    return None
+def _extents(tensor, size):
+    """How many rows and columns of a map of `size` have NaN in `tensor`, for each way in which it can be laid out."""
+    nan, (height, width), maps = tensor.isnan(), size, []
+    if tensor.ndim > 3 and tensor.shape[-2:] == (height, width):
+        maps.append(nan.flatten(0, -3).any(0))
+    if tensor.ndim > 3 and tensor.shape[1:3] == (height, width):  # N×H×W×C
+        maps.append(nan.flatten(3).any(3).any(0))
+    if tensor.ndim == 3:  # N×HW×C or N×C×HW
+        maps += [
+            nan.any(3 - dim).any(0).reshape(height, width) for dim in (1, 2) if tensor.shape[dim] == height * width
+        ]
+    sides = [[cells.any(1 - side).nonzero() for side in (0, 1)] for cells in maps]
+    return [[int(side.max() - side.min()) + 1 if len(side) else 0 for side in pair] for pair in sides]
 
 
 def model_summary(model, input_size, device=None):
@@ -1733,21 +1733,35 @@ def _cpu_copy(model, input_size):
     _require(len(input_size) == 3, "input_size", input_size, needed)
     for number in input_size:
         _number(int)("input_size", number)
-    memo = {}  # what need not, or cannot, be copied: hooks, a lock, a tensor of the last pass
+    # what cannot be copied, or need not: buffers of lazy layers, a lock, a tensor of the last pass, hooks
+    memo = {id(buffer): copy.copy(buffer) for buffer in model.buffers() if nn.parameter.is_lazy(buffer)}
     for module in model.modules():
         held = [value for name, value in vars(module).items() if name not in vars(nn.Module())]
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         for value in (*held, *module._buffers.values(), *filter(_is_foreign, hooks)):
             try:
-                copy.deepcopy(value)
+                copy.deepcopy(value, dict(memo))
             except Exception:  # anything can be there
-                memo[id(value)] = value
-    copied = copy.deepcopy(model, memo).cpu().float().eval()
+                memo[id(value)] = copy.copy(value) if isinstance(value, (list, dict)) else value
+    copied = copy.deepcopy(model, memo).eval()
+    copied._apply(lambda tensor: torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor.cpu()).float()
     for module in copied.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if _is_foreign(hook)]:
                 del hooks[key]
+    if any(map(nn.parameter.is_lazy, (*copied.parameters(), *copied.buffers()))):
+        _output_of(copied, torch.zeros(1, *input_size, dtype=torch.float32, device="cpu"))
     return copied
+
+
+def _output_of(model, images):
+    """The output of `model`, from `_cpu_copy`; ValueError if it has none."""
+    try:
+        with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            return model(images)
+    except Exception as error:  # a foreign model can fail in any way
+        size = tuple(images.shape[1:])
+        raise ValueError(f"model: cannot process input_size={size} ({_first_line(error)})") from error
 
 
 def _is_foreign(hook):

@@ -146,6 +146,8 @@ BAD = [
     (lambda: train(epochs=2.0), ValueError, r"epochs=2\.0"),
     (lambda: train(target_accuracy=NAN), ValueError, "target_accuracy=nan"),
     (lambda: train(target_accuracy=101), ValueError, "target_accuracy=101"),
+    (lambda: train(target_accuracy=0.8), ValueError, r"target_accuracy=0\.8"),
+    (lambda: train(target_accuracy=0), ValueError, "target_accuracy=0"),
     (lambda: train(target_accuracy="80"), ValueError, "target_accuracy='80'"),
     (lambda: train(checkpoint_path=3), TypeError, "checkpoint_path=3"),
     (lambda: train(resume=True), ValueError, "resume=True"),

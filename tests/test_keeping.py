@@ -1,12 +1,14 @@
+import importlib
 import math
 import pickle
+import re
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import Bomb
+from conftest import Bomb, train
 from matplotlib.figure import Figure
 
 import velasoka
@@ -132,6 +134,51 @@ def test_plot_history_draws_accuracy_and_loss_of_one_run_or_several():
     assert [list(line.get_ydata()) for line in loss.lines] == [[2, 1]] * 2
     assert list(loss.lines[0].get_xdata()) == [1, 2]
     assert len(velasoka.plot_history({"one": history, "two": history}).axes[0].lines) == 4
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 30])
+def test_plot_history_has_ticks_at_whole_epochs_and_hollow_markers_for_train(epochs):
+    results = [velasoka.EpochResult(2.0, 10.0 + epoch, 1, 10, 1.0) for epoch in range(epochs)]
+    figure = velasoka.plot_history(velasoka.History(results, results))
+    for axis in figure.axes:
+        low, high = axis.get_xlim()
+        ticks = [tick for tick in axis.get_xticks() if low <= tick <= high]
+        assert ticks
+        assert all(tick == round(tick) for tick in ticks)
+        faces = {line.get_label(): line.get_markerfacecolor() for line in axis.lines}
+        assert faces.keys() == {"train", "test"}
+        assert faces["train"] == "white" != faces["test"]
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"train", "test"}
+
+
+def test_a_reload_of_the_module_takes_what_was_made_before(model, loaders, device):
+    result, names = velasoka.EpochResult(1.0, 50.0, 5, 10, 1.0), dict(vars(velasoka))
+    old = velasoka.History([result], [result])
+    try:
+        importlib.reload(velasoka)
+        assert velasoka.History is not type(old)
+        assert len(velasoka.plot_history(old).axes) == 2
+        new = train(model, loaders, device, 1)
+        assert len(velasoka.plot_history({"old": old, "new": new}).axes[0].lines) == 4
+    finally:  # other tests hold the classes of before
+        vars(velasoka).clear()
+        vars(velasoka).update(names)
+
+
+def test_what_is_made_here_has_a_short_repr(pictures, loaders):
+    results = [velasoka.EpochResult(1.0, 50.25, 201, 400, 1.0)] * 30
+    for thing, number in [
+        *((dataset, len(dataset)) for dataset in pictures),
+        *((loader, len(loader)) for loader in loaders),
+        *((loader.dataset, len(loader.dataset)) for loader in loaders),
+        (velasoka.History(results, results, "completed", 50.25, 1), "50.25"),
+        (velasoka.History(), "History"),
+    ]:
+        text = repr(thing)
+        assert re.search(rf"\b{number}\b", text), text
+        assert len(text) <= 100
+        assert "\n" not in text
+        assert "0x" not in text
 
 
 def test_confusion_matrix_and_accuracy_by_class():

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import QUIET, overflowing, random_batches, train, weights_of
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 import velasoka
 from velasoka import *  # noqa: F403  # what notebooks do; pytest must not take test_cnn for a test
@@ -117,6 +118,50 @@ class Stream(torch.utils.data.IterableDataset):
 def test_takes_any_iterable_of_batches(loader, device):
     history = train(linear_model(), (loader, loader), device, 2)
     assert [result.total for result in history.train + history.test] == [10] * 4
+
+
+@pytest.mark.parametrize("as_batches", [False, True])
+def test_a_distributed_sampler_is_told_the_epoch(as_batches, pictures, device):
+    class Noting(DistributedSampler):
+        epochs = ()
+
+        def __iter__(self):
+            self.epochs += (self.epoch,)
+            return super().__iter__()
+
+    sampler = Noting(pictures[1], num_replicas=2, rank=0)
+    order = (
+        {"batch_sampler": BatchSampler(sampler, 35, False)} if as_batches else {"sampler": sampler, "batch_size": 35}
+    )
+    train(linear_model(), (DataLoader(pictures[1], **order), random_batches()), device, 3)
+    assert sampler.epochs == (0, 1, 2)
+
+
+BATCH_NORMS = {
+    "1d": lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10), nn.BatchNorm1d(10)),
+    "2d of one cell": lambda: nn.Sequential(nn.AvgPool2d(32), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 10)),
+}
+
+
+@pytest.mark.parametrize("loop", ["train_cnn", "start_cnn"])
+@pytest.mark.parametrize("norm", BATCH_NORMS)
+def test_a_last_batch_of_one_image_for_a_batch_norm_is_refused_naming_drop_last(norm, loop, device):
+    model, batches = BATCH_NORMS[norm](), random_batches((4, 1))
+    optimizer, loss_fn = torch.optim.SGD(model.parameters(), 0.01), nn.CrossEntropyLoss()
+    arguments = {"train_cnn": (batches, loss_fn, optimizer), "start_cnn": (optimizer, loss_fn, (batches, batches))}
+    with pytest.raises(ValueError, match=r"^[^\n]*drop_last[^\n]*$"):
+        getattr(velasoka, loop)(model, *arguments[loop], device, **QUIET)
+    assert velasoka.test_cnn(model, batches, device, **QUIET).total == 5
+
+
+def test_another_error_in_a_batch_of_one_image_is_raised_as_it_is(device):
+    def loss_fn(logits, labels):
+        raise ValueError("of the user's own")
+
+    model = linear_model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    with pytest.raises(ValueError, match=r"^of the user's own$"):
+        velasoka.train_cnn(model, random_batches((1,)), loss_fn, optimizer, device, **QUIET)
 
 
 # --- Testing ---
@@ -238,11 +283,12 @@ def test_the_learning_rate_warms_up_and_ends_near_zero_and_starts_afresh_in_a_se
 def test_the_learning_rate_is_never_negative_however_many_batches_come(device):
     class Short(list):
         def __len__(self):
-            return 1
+            return 2
 
     model, batches = linear_model(), Short(random_batches())
     optimizer = Rates(model.parameters(), lr=0.1)
-    velasoka.start_cnn(model, optimizer, nn.CrossEntropyLoss(), (batches, batches), device, 2, **QUIET)
+    with pytest.warns(UserWarning, match="gave 3 batches, its len"):
+        velasoka.start_cnn(model, optimizer, nn.CrossEntropyLoss(), (batches, batches), device, 2, **QUIET)
     assert len(optimizer.rates) == 6
     assert min(optimizer.rates) >= 0
 
@@ -310,7 +356,7 @@ def test_a_step_that_overflows_in_float16_changes_nothing_and_does_not_count_in_
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     before = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     loss_fn = overflowing(velasoka.get_ce_loss(), at=[0])
-    options = {"scheduler": scheduler, "scaler": scaler, **QUIET}
+    options = {"scheduler": scheduler, "scheduler_interval": "batch", "scaler": scaler, **QUIET}
     velasoka.train_cnn(model, [next(iter(loaders[0]))], loss_fn, optimizer, device, **options)
     after = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     assert torch.equal(before, after)
@@ -394,10 +440,11 @@ def test_a_step_is_made_orthogonal_whatever_its_shape_and_however_small(shape, d
 def test_muon_turns_filters_and_keeps_their_norm(device):
     layer = nn.Conv2d(8, 16, 3).to(device)
     model = nn.Sequential(layer, nn.Flatten(), nn.Linear(16 * 900, 10).to(device))
-    optimizer = velasoka.get_muon_optimizer(model, lr=0.01)
+    optimizer, before = velasoka.get_muon_optimizer(model, lr=0.01), layer.weight.detach().clone()
     model(torch.randn(2, 8, 32, 32, device=device)).square().sum().backward()
     optimizer.step()
-    assert layer.weight.norm().item() == pytest.approx(4, rel=0.02)
+    assert layer.weight.norm().item() == pytest.approx(before.norm().item(), rel=0.02)
+    assert 0.002 < (layer.weight - before).norm() / before.norm() < 0.05
 
 
 def test_muon_has_no_weight_decay(model):
@@ -489,8 +536,20 @@ def test_seed_everything_seeds_every_generator():
     assert not set(first) & set(draw())
 
 
-def test_deterministic_is_switched_on_and_off():
+@pytest.fixture
+def any_algorithm():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_is_switched_on(any_algorithm):
     velasoka.seed_everything(deterministic=True)
     assert torch.are_deterministic_algorithms_enabled()
-    velasoka.seed_everything()
-    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(("before", "warn_only"), [(True, False), (True, True), (False, False)])
+def test_seed_everything_leaves_the_deterministic_setting_alone(before, warn_only, any_algorithm):
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)
+    velasoka.seed_everything(1)
+    assert torch.are_deterministic_algorithms_enabled() == before
+    assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
