@@ -299,7 +299,8 @@ def get_muon_optimizer(model, lr=_PEAK_LR):
     """Muon for the filters of dense convolutions at `lr`, SGD for all else, at rates in proportion to it.
 
     `lr` is the peak of `start_cnn`'s schedule. The biases of batch norms, thresholds that each filter has to find (they
-    learn faster in airbench, too), and depthwise convolutions learn at 20 × `lr`, the last layer and all else at twice.
+    learn faster in airbench, too), and depthwise convolutions learn at 20 × `lr`, the last layer and all else at twice:
+    each group has its `lr_scale`, so that one rate can be set for all of them, as schedulers do.
     """
     parameters = _trainable(model)
     convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
@@ -310,8 +311,8 @@ def get_muon_optimizer(model, lr=_PEAK_LR):
     fast = {*biases, *(parameter for layer in depthwise for parameter in layer.parameters())}.difference(last)
     groups = [
         {"params": filters, "momentum": _MUON_MOMENTUM, "muon": True},
-        {"params": fast, "lr": _FAST * lr},
-        {"params": set(parameters) - filters - fast, "lr": _OTHER * lr},
+        {"params": fast, "lr_scale": _FAST},
+        {"params": set(parameters) - filters - fast, "lr_scale": _OTHER},
     ]
     for group in groups:
         group["params"] = [parameter for parameter in parameters if parameter in group["params"]]  # a set has no order
@@ -327,10 +328,10 @@ class _Muon(torch.optim.Optimizer):
     as in https://github.com/KellerJordan/cifar10-airbench. (`torch.optim.Muon` takes matrices only.)
     """
 
+    takes_scale = True  # see `_Pass`
+
     def __init__(self, groups, lr, momentum):
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "muon": False})
-        # a `GradScaler` then passes on its scale, and whether there was an overflow; Lightning clips no such gradients
-        self._step_supports_amp_scaling = _precision(get_available_device()) is torch.float16
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "muon": False, "lr_scale": 1})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -347,14 +348,14 @@ class _Muon(torch.optim.Optimizer):
                 self._move(weights, **group)
         return loss
 
-    def _move(self, weights, lr, momentum, muon, **_):
+    def _move(self, weights, lr, momentum, muon, lr_scale=1, **_):
         """Move the `weights` of one group."""
         gradients, finite = _unscaled(self, [weight.grad for weight in weights])  # finite: 0 after an overflow, else 1
         buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
         torch._foreach_mul_(buffers, momentum**finite)  # × 1 after an overflow
         torch._foreach_add_(buffers, gradients)
         updates = torch._foreach_add(gradients, buffers, alpha=momentum)  # Nesterov: one step ahead
-        rates = [lr] * len(weights)
+        rates = [lr * lr_scale] * len(weights)
         if muon:
             updates = [_orthogonalise(update) for update in updates]
             norms = torch._foreach_norm(weights)
@@ -364,7 +365,7 @@ class _Muon(torch.optim.Optimizer):
             first = [self.state[weight]["norm"] for weight in weights]
             torch._foreach_div_(norms, first)
             torch._foreach_div_(weights, (torch.stack(norms).clamp(min=1e-7) ** finite).unbind())
-            rates = [lr * norm / len(weight) ** 0.5 for norm, weight in zip(first, weights, strict=True)]
+            rates = [rate * norm / len(w) ** 0.5 for rate, norm, w in zip(rates, first, weights, strict=True)]
         torch._foreach_mul_(updates, rates)
         if isinstance(finite, torch.Tensor):
             torch._foreach_mul_(updates, finite)
@@ -584,6 +585,18 @@ class _Pass(AbstractContextManager):
         options = {"bar_format": layout, "mininterval": 0.5, "file": sys.stdout, "disable": not progress}
         self.bar = tqdm(desc=phase + self.suffix, total=self.expected or None, **options)
 
+    def __enter__(self):
+        self.set_scaled(True)
+        return self
+
+    def set_scaled(self, is_scaled):
+        """Have the scaler pass its scale to an optimiser of this module, and whether gradients overflowed, or not.
+
+        Otherwise the host waits to know before each step. Not for good: Lightning clips no gradients that are scaled.
+        """
+        if self.is_scaled and getattr(self.optimizer, "takes_scale", False):
+            self.optimizer._step_supports_amp_scaling = is_scaled
+
     def __iter__(self):
         for batch in self.data_loader:
             images, labels = self.checked(batch)
@@ -674,6 +687,7 @@ class _Pass(AbstractContextManager):
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
+        self.set_scaled(False)
         text = "out of memory|ALLOC_FAILED|DefaultCPUAllocator"
         if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(text, str(error))):
             way_out = f"try half, batch_size={self.batch_size // 2}" if self.batch_size > 1 else "try a smaller model"
@@ -755,6 +769,7 @@ def get_sgd_optimizer(model, lr=_PEAK_LR, momentum=_SGD_MOMENTUM):
     optimizer = torch.optim.SGD(_trainable(model), lr, **settings)
     if float16:  # torch's fused step leaves the momentum uninitialised if it overflows at first
         optimizer.register_step_pre_hook(_start_momentum)
+        optimizer.takes_scale, optimizer._step_supports_amp_scaling = True, False  # see `_Pass`
     return optimizer
 
 
@@ -868,8 +883,8 @@ class _Run:
         for loader in data_loader:
             _require(isinstance(loader, Iterable), "data_loader", loader, "an iterable of batches", TypeError)
         _require(not resume or self.path, "resume", resume, "a checkpoint_path to continue from")
-        fits = hasattr(scheduler, "step") and getattr(scheduler, "optimizer", self.optimizer) is self.optimizer
-        _require(scheduler is None or fits, "scheduler", scheduler, "one of this optimizer")
+        fits = getattr(scheduler, "optimizer", self.optimizer) is self.optimizer
+        _require(fits, "scheduler", scheduler, "one of this optimizer")
         interval, peak = _interval_of(scheduler, interval), "lr" if scheduler is None else "initial_lr"
         lrs = [float(group.get(peak, group["lr"])) for group in self.optimizer.param_groups]
         (self.train_loader, num_batches), (self.test_loader, _) = (_finite(each, self.progress) for each in data_loader)
@@ -1122,14 +1137,16 @@ def save_model(model, path):
 def load_model(model, path, device=None):
     """Load the weights saved at `path` into `model`, move it to `device` (default: leave it where it is), return it.
 
-    From a checkpoint of `start_cnn` come the weights of its best epoch; those of a compiled or `DataParallel` model fit
-    the plain one, and the other way round. Raises FileNotFoundError if there is no file, ValueError if it holds
+    From a checkpoint of `start_cnn` come the weights of its best epoch; those of a compiled, averaged or `DataParallel`
+    model fit the plain one, and the other way round. Raises FileNotFoundError if there is no file, ValueError if it holds
     anything but sound weights of this model.
     """
     weights = _read(path)
     if isinstance(weights, dict) and {"fingerprint", "made_with"} & weights.keys():
         weights = weights.get("best") or weights.get("model")
-    weights = weights if isinstance(weights, dict) else {"its content": weights}
+    weights = dict(weights) if isinstance(weights, dict) else {"its content": weights}
+    if "n_averaged" not in model.state_dict():
+        weights.pop("n_averaged", None)  # of torch's `AveragedModel`
     names = dict(zip(_unwrapped(model.state_dict()), model.state_dict(), strict=True))
     weights = {names.get(name, name): value for name, value in zip(_unwrapped(weights), weights.values(), strict=True)}
     expected, found = map(_shapes, (model.state_dict(), weights))
@@ -1605,6 +1622,9 @@ def receptive_field(model, input_size=(3, 32, 32)):
     images[..., row, column : column + 2] = math.nan  # two, to tell columns from rows
     with _ViewTracer(model) as tracer:
         output = _output_of(model, images)
+    if tracer.lost:
+        names = ", ".join(dict.fromkeys(tracer.lost))
+        warnings.warn(f"the receptive field leaves out {names}, which it cannot follow", stacklevel=3)
     while isinstance(output, (tuple, list, dict)) and output:
         output = next(iter(output.values() if isinstance(output, dict) else output))
     seen = getattr(output, "seen", None)
@@ -1632,7 +1652,7 @@ class _ViewTracer(TorchFunctionMode):
     def __init__(self, model):
         super().__init__()
         self.rows, self.layer = [], None  # the one that is running
-        self.is_followed = True  # so far
+        self.lost = []  # what could not be followed
         for name, layer in model.named_modules():
             if not [*layer.children()] and not isinstance(layer, torch.jit.ScriptModule):
                 layer.register_forward_pre_hook(lambda *_, name=name: setattr(self, "layer", name))
@@ -1674,11 +1694,9 @@ class _ViewTracer(TorchFunctionMode):
             followed = not any(isinstance(each, (torch.Tensor, list)) for each in index)
         seen = np.array([field + (kernel - 1) * dilation * jump, jump * stride, new_size])
         followed &= bool(kernel.max() > 1 or stride.max() > 1 or function == "pad" or (new_size == size).all())
-        if self.is_followed and (extents := _extents(output, new_size)):
+        if not self.lost and (extents := _extents(output, new_size)):
             followed &= bool((np.ceil((seen[0] + (0, 1)) / seen[1]) >= extents).all(1).any())
-        if not followed:
-            self.is_followed = False
-            warnings.warn(f"the receptive field leaves out {layer}, which it cannot follow", stacklevel=2)
+        self.lost += [] if followed else [layer]
         if kernel.max() > 1 or stride.max() > 1:
             self.add_row(layer, kernel, stride, dilation, *seen)
         return seen
@@ -1911,6 +1929,15 @@ def _check_optimizer(name, value):
     _require(not isinstance(value, torch.optim.LBFGS), name, value, "one whose step needs no closure")
 
 
+def _check_scheduler(name, value):
+    """Raise ValueError unless `value` can be stepped as a scheduler of torch's."""
+    try:
+        fits = isinstance(value, lr_scheduler.LRScheduler) or inspect.signature(value.step).bind()
+    except (AttributeError, TypeError):  # no `step`, or one that needs an argument
+        fits = False
+    _require(fits, name, value, "one of torch's, or one with a step() like theirs,")
+
+
 def _check_images(model, inputs):
     """Raise ValueError unless the input is what a model of this module takes; called before its `forward`."""
     shape = tuple(inputs[0].shape) if isinstance(inputs[0], torch.Tensor) else (1, 3, 16, 16)  # a tracer's stand-in
@@ -1966,6 +1993,7 @@ _CHECKS = {  # of arguments, by name, which means the same in every function; fi
     **dict.fromkeys(("folder", "filename"), _must(lambda value: isinstance(value, str), "a name")),
     "model": _must(lambda value: isinstance(value, nn.Module), "a torch.nn.Module (an instance, not its class)"),
     "optimizer": _check_optimizer,
+    "scheduler": _check_scheduler,
     "loss_fn": _must(lambda value: callable(value) and not isinstance(value, type), "a function of logits and labels"),
     "mirrors": _must(lambda value: isinstance(value, (list, tuple)) and {*map(type, value)} <= {str}, "a list of URLs"),
     "data_loader": _must(lambda value: isinstance(value, Iterable), "an iterable of batches"),

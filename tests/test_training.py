@@ -460,7 +460,7 @@ def test_muon_has_no_weight_decay(model):
 def test_muon_moves_each_kind_of_parameter_at_its_own_pace(model):
     optimizer, pace = velasoka.get_muon_optimizer(model, lr=0.1), {}
     for group in optimizer.param_groups:
-        pace |= dict.fromkeys(group["params"], ("muon" if group["muon"] else "sgd", round(group["lr"], 9)))
+        pace |= dict.fromkeys(group["params"], ("muon" if group["muon"] else "sgd", round(group["lr"] * group["lr_scale"], 9)))
     assert set(pace) == set(model.parameters())
     norm, depthwise = model.c1[1], model.c2[3]
     assert pace[model.c1[0].weight] == pace[model.c3[3].weight] == ("muon", 0.1)
