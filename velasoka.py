@@ -627,6 +627,7 @@ class _Pass(AbstractContextManager):
             found = f"{tuple(images.shape)} and {tuple(labels.shape)}"
             kind = "probabilities N×classes" if is_soft else "labels N"
             raise ValueError(f"data_loader: images N×C×H×W and {kind} are needed as a batch, not {found}")
+        self.num_classes = labels.shape[1] if is_soft else 0  # 0: not said
         if labels.device.type == "cpu" or not self.num_batches:  # the host would have to wait for labels on a GPU
             values = (labels.float() if is_soft else labels).numpy(force=True)
             self.max_label = max(self.max_label, labels.shape[1] - 1 if is_soft else values.max())
@@ -636,8 +637,14 @@ class _Pass(AbstractContextManager):
     def check(self, logits):
         """Raise ValueError unless the model gave logits N×classes, as many classes as the labels have."""
         shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        if len(shape) != 2 or shape[0] != self.batch_size or shape[1] <= self.max_label:
-            classes = f"at least {self.max_label + 1} classes, as data_loader has labels"
+        exact = self.num_classes  # if labels are probabilities
+        if (
+            len(shape) != 2
+            or shape[0] != self.batch_size
+            or shape[1] <= self.max_label
+            or shape[1] != (exact or shape[1])
+        ):
+            classes = f"{exact or f'at least {self.max_label + 1}'} classes, as data_loader has labels"
             raise ValueError(f"model: logits of {self.batch_size} images × {classes} are needed, not {shape}")
 
     def step_schedule(self, scheduler):
@@ -796,10 +803,10 @@ def _interval_of(scheduler, interval=None, has_test_loss=True):
 def _steps_left(scheduler):
     """How often `scheduler` can still be stepped: a OneCycleLR has an end, also as a part of another."""
     if isinstance(scheduler, lr_scheduler.OneCycleLR):
-        return scheduler.total_steps - scheduler.last_epoch
+        return scheduler.total_steps - max(0, scheduler.last_epoch)
     left = [_steps_left(part) for part in getattr(scheduler, "_schedulers", [])]
     if isinstance(scheduler, lr_scheduler.SequentialLR):
-        return scheduler._milestones[-1] - scheduler.last_epoch + left[-1]
+        return max(0, scheduler._milestones[-1] - scheduler.last_epoch) + left[-1]
     return min(left, default=math.inf)
 
 
@@ -1138,8 +1145,8 @@ def load_model(model, path, device=None):
     """Load the weights saved at `path` into `model`, move it to `device` (default: leave it where it is), return it.
 
     From a checkpoint of `start_cnn` come the weights of its best epoch; those of a compiled, averaged or `DataParallel`
-    model fit the plain one, and the other way round. Raises FileNotFoundError if there is no file, ValueError if it holds
-    anything but sound weights of this model.
+    model fit the plain one, and the other way round. Raises FileNotFoundError if there is no file, ValueError if it
+    holds anything but sound weights of this model.
     """
     weights = _read(path)
     if isinstance(weights, dict) and {"fingerprint", "made_with"} & weights.keys():
@@ -1351,12 +1358,16 @@ def _arrays_of(dataset):
     labels = _as_labels("dataset.targets", dataset.targets, len(images), classes)
     mean, std = (torch.as_tensor(each, dtype=torch.float32) for each in _normalization(dataset))
     is_known = getattr(type(dataset), "__getitem__", None) in (_ArrayDataset.__getitem__, datasets.CIFAR10.__getitem__)
-    step = len(images) // 3 + 1 if is_known else 1
-    for index in range(0, len(images), step) if hasattr(dataset, "__getitem__") else ():  # what it does to its items
-        image, label = dataset[index]
-        image = image if isinstance(image, torch.Tensor) else to_tensor()(image)
-        expected = ((torch.as_tensor(images[index]) / 255 - mean) / std).permute(2, 0, 1)
-        if label != labels[index] or image.shape != expected.shape or not image.allclose(expected, 1e-3, 1e-3):
+    step = len(images) // 3 + 1 if is_known else 1  # what a foreign one does to its items shows only in all of them
+    for index in range(0, len(images), step) if hasattr(dataset, "__getitem__") else ():
+        try:
+            image, label = dataset[index] if len(dataset) == len(images) else ()
+            image = image if isinstance(image, torch.Tensor) else to_tensor()(image)
+            expected = ((torch.as_tensor(images[index]) / 255 - mean) / std).permute(2, 0, 1)
+            is_plain = image.shape == expected.shape and image.allclose(expected, 1e-3, 1e-3) and label == labels[index]
+        except (TypeError, ValueError, RuntimeError):
+            is_plain = False
+        if not is_plain:
             raise ValueError(f"dataset: item {index} is more than its .data normalised and its .targets; {_WAY_OUT}")
     return torch.as_tensor(images), labels, mean, std, getattr(dataset, "_suffix", "")
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import velasoka
 
@@ -140,3 +141,8 @@ def random_batches(sizes=(4, 4, 2), seed=0):
         (torch.randn(size, 3, 32, 32, generator=generator), torch.randint(10, (size,), generator=generator))
         for size in sizes
     ]
+
+
+def linear_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))

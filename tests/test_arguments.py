@@ -120,6 +120,8 @@ BAD = [
     (lambda: v.get_muon_optimizer(NET, lr=-1), ValueError, "lr=-1"),
     (lambda: v.get_muon_optimizer(NET, lr=NAN), ValueError, "lr=nan"),
     (lambda: v.get_muon_optimizer(FROZEN), ValueError, "trainable parameters"),
+    (lambda: v.get_step_lr_scheduler("sgd"), TypeError, "optimizer='sgd'"),
+    (lambda: v.get_multi_step_lr_scheduler(NET), TypeError, "optimizer="),
     (lambda: v.get_ce_loss(1.5), ValueError, r"label_smoothing=1\.5"),
     # loops
     (lambda: train(loss_fn=nn.CrossEntropyLoss), TypeError, "loss_fn="),
@@ -128,7 +130,7 @@ BAD = [
     (lambda: train(optimizer=torch.optim.LBFGS(NET.parameters())), ValueError, "optimizer=.*no closure"),
     (lambda: train(scheduler=5), ValueError, "scheduler=5"),
     (lambda: train(scheduler=StepLR(v.get_sgd_optimizer(NET), 1)), ValueError, "scheduler=.*of this optimizer"),
-    (lambda: train(scheduler=ReduceLROnPlateau(SGD)), ValueError, "scheduler="),
+    (lambda: train(scheduler=ReduceLROnPlateau(v.get_sgd_optimizer(NET))), ValueError, "scheduler=.*of this optimizer"),
     (lambda: train(model=Tuple()), ValueError, "model: logits of 2 images × at least 1 classes.* not tuple"),
     (lambda: train(checkpoint_path="."), ValueError, r"checkpoint_path='\.'"),
     (lambda: v.test_cnn(NET, batches() + batches(labels=LABELS + 10), "cpu"), ValueError, "at least 11 classes"),

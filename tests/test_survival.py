@@ -184,12 +184,6 @@ def test_an_interrupt_while_torch_changes_its_modes_leaves_them_as_they_were(mod
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_a_loader_whose_worker_is_interrupted_first_is_an_interrupt(model, loaders, device):
-    breaking = Breaking(loaders[0], RuntimeError("DataLoader worker (pid 7) exited unexpectedly"), at=2)
-    with pytest.warns(UserWarning, match="interrupted in epoch 1 of 2: DataLoader worker"):
-        assert train(model, (breaking, loaders[1]), device).status == "interrupted"
-
-
 # --- Resuming ---
 
 

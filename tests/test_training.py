@@ -6,19 +6,13 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import QUIET, overflowing, random_batches, train, weights_of
+from conftest import QUIET, linear_model, overflowing, random_batches, train, weights_of
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 import velasoka
 from velasoka import *  # noqa: F403  # what notebooks do; pytest must not take test_cnn for a test
-
-
-def linear_model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-
 
 # --- Learning ---
 
@@ -293,15 +287,6 @@ def test_the_learning_rate_is_never_negative_however_many_batches_come(device):
     assert min(optimizer.rates) >= 0
 
 
-def test_a_scheduler_of_ones_own_is_stepped_every_batch(device):
-    model, batches = linear_model(), random_batches()
-    optimizer = Rates(model.parameters(), lr=1e-3)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
-    options = {"scheduler": scheduler, **QUIET}
-    velasoka.start_cnn(model, optimizer, nn.CrossEntropyLoss(), (batches, batches), device, 2, **options)
-    assert optimizer.rates == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4, 2.5e-4])
-
-
 # --- Precision ---
 
 
@@ -460,7 +445,9 @@ def test_muon_has_no_weight_decay(model):
 def test_muon_moves_each_kind_of_parameter_at_its_own_pace(model):
     optimizer, pace = velasoka.get_muon_optimizer(model, lr=0.1), {}
     for group in optimizer.param_groups:
-        pace |= dict.fromkeys(group["params"], ("muon" if group["muon"] else "sgd", round(group["lr"] * group["lr_scale"], 9)))
+        pace |= dict.fromkeys(
+            group["params"], ("muon" if group["muon"] else "sgd", round(group["lr"] * group["lr_scale"], 9))
+        )
     assert set(pace) == set(model.parameters())
     norm, depthwise = model.c1[1], model.c2[3]
     assert pace[model.c1[0].weight] == pace[model.c3[3].weight] == ("muon", 0.1)
