@@ -300,15 +300,19 @@ def get_muon_optimizer(model, lr=_PEAK_LR):
 
     `lr` is the peak of `start_cnn`'s schedule. The biases of batch norms, thresholds that each filter has to find (they
     learn faster in airbench, too), and depthwise convolutions learn at 20 × `lr`, the last layer and all else at twice:
-    each group has its `lr_scale`, so that one rate can be set for all of them, as schedulers do.
+    each group has its `lr_scale`, so that one rate can be set for all of them, as schedulers do. Filters of a new model
+    are scaled to norm √(output channels), near which batch norms expect them; those of a trained one keep their norm.
     """
     parameters = _trainable(model)
     convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     depthwise = [layer for layer in convolutions if layer.groups > 1]
-    biases = [layer.bias for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
     last = [parameter for parameter in parameters if parameter.ndim > 1][-1:]
     filters = {layer.weight for layer in convolutions if layer.groups == 1}.difference(last)
-    fast = {*biases, *(parameter for layer in depthwise for parameter in layer.parameters())}.difference(last)
+    fast = {
+        *(layer.bias for layer in norms),
+        *(parameter for layer in depthwise for parameter in layer.parameters()),
+    }.difference(last)
     groups = [
         {"params": filters, "momentum": _MUON_MOMENTUM, "muon": True},
         {"params": fast, "lr_scale": _FAST},
@@ -316,15 +320,19 @@ def get_muon_optimizer(model, lr=_PEAK_LR):
     ]
     for group in groups:
         group["params"] = [parameter for parameter in parameters if parameter in group["params"]]  # a set has no order
-    return _Muon([group for group in groups if group["params"]], lr, _SGD_MOMENTUM)
+    optimizer = _Muon([group for group in groups if group["params"]], lr, _SGD_MOMENTUM)
+    if norms and not norms[0].num_batches_tracked:
+        for weight in filters:
+            optimizer.state[weight]["norm"] = len(weight) ** 0.5
+    return optimizer
 
 
 class _Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum, whose groups marked `muon` move by orthogonal matrices.
 
     There the update of a filter bank, output channels × the rest, is orthogonalised: all its directions then learn at
-    the same pace, rare ones too, which takes fewer epochs than steps that a few directions dominate. The bank keeps the
-    norm that it had at first, so `lr` sets the angle it turns by. From Jordan et al., https://kellerjordan.github.io/posts/muon,
+    the same pace, rare ones too, which takes fewer epochs than steps that a few directions dominate. The bank keeps its
+    norm, so `lr` sets the angle it turns by. From Jordan et al., https://kellerjordan.github.io/posts/muon,
     as in https://github.com/KellerJordan/cifar10-airbench. (`torch.optim.Muon` takes matrices only.)
     """
 
@@ -911,8 +919,8 @@ class _Run:
         if resume and is_there:
             self.load()
         needed = (self.epochs - len(self.history.test)) * (num_batches if interval == "batch" else 1)
-        left = _steps_left(scheduler)
-        _require(needed <= left, "steps left in scheduler", left, f"one for each of the {needed} steps of this run")
+        if needed > (left := _steps_left(scheduler)):
+            raise ValueError(f"scheduler: its OneCycleLR has {left} steps left, this run takes {needed}")
         if resume and self.progress:
             print(f"{self.path}: {len(self.history.test)} of {self.epochs} epochs are done{self.suffix}")
         if is_there and not resume:

@@ -506,7 +506,11 @@ def test_a_scaler_of_ones_own_leaves_out_a_step_that_overflows(get_optimizer, fl
 
 @OWN
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_only_in_float16_does_an_optimiser_take_the_scale_itself(get_optimizer, dtype, monkeypatch):
+def test_only_a_float16_pass_of_ours_has_an_optimiser_take_the_scale(get_optimizer, dtype, monkeypatch):
     monkeypatch.setattr(velasoka, "_precision", lambda device: dtype)
-    optimizer = get_optimizer(velasoka.SimpleModel(fm_size=2))  # others read the mark as "fused"
-    assert bool(getattr(optimizer, "_step_supports_amp_scaling", False)) == (dtype is torch.float16)
+    model, marks = velasoka.SimpleModel(fm_size=2), []
+    optimizer = get_optimizer(model)
+    optimizer.register_step_pre_hook(lambda *_: marks.append(getattr(optimizer, "_step_supports_amp_scaling", False)))
+    velasoka.train_cnn(model, random_batches((4,)), velasoka.get_ce_loss(), optimizer, "cpu", **QUIET)
+    assert marks == [dtype is torch.float16]
+    assert not getattr(optimizer, "_step_supports_amp_scaling", False)  # others read the mark as "fused"
