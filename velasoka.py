@@ -270,9 +270,7 @@ class _DeviceDataset(Dataset):
         return len(self.images)
 
     def __repr__(self):
-        size = "×".join(map(str, self.images.shape[1:3]))
-        how = "augmented" if self.augment else "not augmented"
-        return f"Dataset({len(self):,} images of {size} on {self.images.device}, {how}{self._suffix})"
+        return f"Dataset({len(self):,} images on {self.images.device}, augment={self.augment}{self._suffix})"
 
     def __getitem__(self, index):
         """One image 3×H×W and its label."""
@@ -309,22 +307,16 @@ def get_muon_optimizer(model, lr=_PEAK_LR):
     norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
     last = [parameter for parameter in parameters if parameter.ndim > 1][-1:]
     filters = {layer.weight for layer in convolutions if layer.groups == 1}.difference(last)
-    fast = {
-        *(layer.bias for layer in norms),
-        *(parameter for layer in depthwise for parameter in layer.parameters()),
-    }.difference(last)
+    fast = {norm.bias for norm in norms}.union(*(layer.parameters() for layer in depthwise)).difference(last)
+    is_new = bool(norms and not norms[0].num_batches_tracked)
     groups = [
-        {"params": filters, "momentum": _MUON_MOMENTUM, "muon": True},
+        {"params": filters, "momentum": _MUON_MOMENTUM, "muon": True, "is_new": is_new},
         {"params": fast, "lr_scale": _FAST},
         {"params": set(parameters) - filters - fast, "lr_scale": _OTHER},
     ]
     for group in groups:
         group["params"] = [parameter for parameter in parameters if parameter in group["params"]]  # a set has no order
-    optimizer = _Muon([group for group in groups if group["params"]], lr, _SGD_MOMENTUM)
-    if norms and not norms[0].num_batches_tracked:
-        for weight in filters:
-            optimizer.state[weight]["norm"] = len(weight) ** 0.5
-    return optimizer
+    return _Muon([group for group in groups if group["params"]], lr, _SGD_MOMENTUM)
 
 
 class _Muon(torch.optim.Optimizer):
@@ -339,7 +331,7 @@ class _Muon(torch.optim.Optimizer):
     takes_scale = True  # see `_Pass`
 
     def __init__(self, groups, lr, momentum):
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "muon": False, "lr_scale": 1})
+        super().__init__(groups, {"lr": lr, "lr_scale": 1, "momentum": momentum, "muon": False, "is_new": False})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -356,7 +348,7 @@ class _Muon(torch.optim.Optimizer):
                 self._move(weights, **group)
         return loss
 
-    def _move(self, weights, lr, momentum, muon, lr_scale=1, **_):
+    def _move(self, weights, lr, momentum, muon, lr_scale=1, is_new=False, **_):
         """Move the `weights` of one group."""
         gradients, finite = _unscaled(self, [weight.grad for weight in weights])  # finite: 0 after an overflow, else 1
         buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
@@ -369,11 +361,11 @@ class _Muon(torch.optim.Optimizer):
             norms = torch._foreach_norm(weights)
             if any("norm" not in self.state[weight] for weight in weights):  # in the first step, the host waits
                 for weight, norm in zip(weights, torch.stack(norms).tolist(), strict=True):
-                    self.state[weight].setdefault("norm", norm or len(weight) ** 0.5)
-            first = [self.state[weight]["norm"] for weight in weights]
-            torch._foreach_div_(norms, first)
+                    self.state[weight].setdefault("norm", len(weight) ** 0.5 if is_new or not norm else norm)
+            kept = [self.state[weight]["norm"] for weight in weights]
+            torch._foreach_div_(norms, kept)
             torch._foreach_div_(weights, (torch.stack(norms).clamp(min=1e-7) ** finite).unbind())
-            rates = [rate * norm / len(w) ** 0.5 for rate, norm, w in zip(rates, first, weights, strict=True)]
+            rates = [lr * norm / len(weight) ** 0.5 for norm, weight in zip(kept, weights, strict=True)]
         torch._foreach_mul_(updates, rates)
         if isinstance(finite, torch.Tensor):
             torch._foreach_mul_(updates, finite)
@@ -485,12 +477,6 @@ def train_cnn(
     if scheduler is not None and interval == "epoch":
         scheduler.step()
     return batches.result()
-
-
-def _to_device(model, device):
-    """Move `model` to `device`, in the layout it computes in, and return `device` as a `torch.device`."""
-    model.to(device, memory_format=getattr(model, "memory_format", None))
-    return torch.device(device)
 
 
 def test_cnn(model, data_loader, device, *, tta=False, progress=True):
@@ -711,6 +697,12 @@ class _Pass(AbstractContextManager):
         if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
             what = f"batch norm cannot learn from a batch of {self.batch_size}"
             raise ValueError(f"{what}: make the DataLoader with drop_last=True, or another batch_size") from error
+
+
+def _to_device(model, device):
+    """Move `model` to `device`, in the layout it computes in, and return `device` as a `torch.device`."""
+    model.to(device, memory_format=getattr(model, "memory_format", None))
+    return torch.device(device)
 
 
 class _DivergenceError(FloatingPointError):
