@@ -61,7 +61,7 @@ from tqdm import tqdm
 
 # --- Constants -------------------------------------------------------------------------------------------------------
 
-__version__ = "2.1.0"
+__version__ = "2.2.0"
 __all__ = """
 SEED CIFAR10_MEAN CIFAR10_STD CIFAR10_CLASSES CIFAR10_MIRRORS MAX_PARAMETERS MODELS get_available_device seed_everything
 to_normalize to_tensor to_pil compose_transform download_cifar10 get_cifar10_dataset get_synthetic_dataset
@@ -578,10 +578,7 @@ class _Pass(AbstractContextManager):
         layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
         options = {"bar_format": layout, "mininterval": 0.5, "file": sys.stdout, "disable": not progress}
         self.bar = tqdm(desc=phase + self.suffix, total=self.expected or None, **options)
-
-    def __enter__(self):
         self.set_scaled(True)
-        return self
 
     def set_scaled(self, is_scaled):
         """Have the scaler pass its scale to an optimiser of this module, and whether gradients overflowed, or not.
@@ -631,14 +628,10 @@ class _Pass(AbstractContextManager):
     def check(self, logits):
         """Raise ValueError unless the model gave logits N×classes, as many classes as the labels have."""
         shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        exact = self.num_classes  # if labels are probabilities
-        if (
-            len(shape) != 2
-            or shape[0] != self.batch_size
-            or shape[1] <= self.max_label
-            or shape[1] != (exact or shape[1])
-        ):
-            classes = f"{exact or f'at least {self.max_label + 1}'} classes, as data_loader has labels"
+        most = self.num_classes or math.inf  # as many as probabilities have
+        if len(shape) != 2 or shape[0] != self.batch_size or not self.max_label < shape[1] <= most:
+            at_least = "" if self.num_classes else "at least "
+            classes = f"{at_least}{self.max_label + 1} classes, as data_loader has labels"
             raise ValueError(f"model: logits of {self.batch_size} images × {classes} are needed, not {shape}")
 
     def step_schedule(self, scheduler):
@@ -913,18 +906,23 @@ class _Run:
         needed = (self.epochs - len(self.history.test)) * (num_batches if interval == "batch" else 1)
         if needed > (left := _steps_left(scheduler)):
             raise ValueError(f"scheduler: its OneCycleLR has {left} steps left, this run takes {needed}")
-        if resume and self.progress:
-            print(f"{self.path}: {len(self.history.test)} of {self.epochs} epochs are done{self.suffix}")
-        if is_there and not resume:
-            what = "will be replaced after the first epoch; with resume=True its run would continue"
-            warnings.warn(f"{self.path}: {what}", stacklevel=4)
-        elif self.path and not is_there:
+        if self.path:
+            self.begin_checkpoint(is_there, resume)
+
+    def begin_checkpoint(self, is_there, resume):
+        """Write the first checkpoint, from which the first epoch can be resumed, too; say what is special."""
+        if not is_there:
             with suppress(OSError):  # `save` says what is wrong
                 self.path.parent.mkdir(parents=True, exist_ok=True)  # now only: a folder that vanishes is not made anew
-            self.save()  # an interrupt in the first epoch can be resumed from, too
-        if self.path and any(getattr(part, "persistent_workers", False) for part in self.parts):
-            what = "persistent_workers keep their random states to themselves"
-            warnings.warn(f"data_loader: {what}, so a resumed run draws other numbers", stacklevel=4)
+            self.save()
+        elif not resume:
+            what = "will be replaced after the first epoch; with resume=True its run would continue"
+            warnings.warn(f"{self.path}: {what}", stacklevel=5)
+        if resume and self.progress:
+            print(f"{self.path}: {len(self.history.test)} of {self.epochs} epochs are done{self.suffix}")
+        if any(getattr(part, "persistent_workers", False) for part in self.parts):
+            what = "persistent_workers keep their random states to themselves, so a resumed run draws other numbers"
+            warnings.warn(f"data_loader: {what}", stacklevel=5)
 
     def dry_run(self):
         """Run one test batch now, so that a bad loader or model fails before training."""

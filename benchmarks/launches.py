@@ -35,6 +35,9 @@ def count(name):
     velasoka.train_cnn(model, loader, loss_fn, optimizer, device, progress=False)  # makes the momentum
     with CountLaunches() as of_whole:
         velasoka.train_cnn(model, loader, loss_fn, optimizer, device, progress=False)
+    with CountLaunches() as of_start:  # once an epoch
+        velasoka._prepare_training(model)
+    of_whole.launches -= of_start.launches
     with CountLaunches() as of_loader:
         list(loader)
     with CountLaunches() as of_optimizer:
