@@ -211,7 +211,7 @@ def _mirrored(layer, dims=(0, 1, 3)):
     nn.init.zeros_(layer.bias)  # a random one would not be symmetric
     if layer.weight.ndim == 4:
         with torch.no_grad():
-            layer.weight.add_(layer.weight.flip(dims)).div_(2**0.5)  # √2 keeps the variance
+            layer.weight.add_(_mirror_image(layer.weight, dims)).div_(2**0.5)  # √2 keeps the variance
     _tie_gradients(layer)
     return layer
 
@@ -219,9 +219,13 @@ def _mirrored(layer, dims=(0, 1, 3)):
 def _tie_gradients(layer):
     """Average each gradient of a `_mirrored` layer with its own mirror image, whatever the optimiser."""
     for parameter in layer.parameters():
-        dims = [dim for dim in layer.mirrored if dim < parameter.ndim]
         if parameter.requires_grad and not parameter._backward_hooks:  # not tied yet
-            parameter.register_hook(lambda gradient, dims=dims: torch.lerp(gradient, gradient.flip(dims), 0.5))
+            parameter.register_hook(lambda gradient: torch.lerp(gradient, _mirror_image(gradient, layer.mirrored), 0.5))
+
+
+def _mirror_image(tensor, dims):
+    """`tensor` flipped along those of `dims` that it has."""
+    return tensor.flip([dim for dim in dims if dim < tensor.ndim])
 
 
 # --- Loader ----------------------------------------------------------------------------------------------------------
@@ -741,11 +745,12 @@ def _prepare_training(model):
     """
     if not any(module.training for module in model.modules()):
         model.train()
-    layers, pairs = [(name, layer) for name, layer in model.named_modules() if hasattr(layer, "mirrored")], []
-    for name, layer in layers:
-        _tie_gradients(layer)
-        for parameter in layer.parameters():
-            pairs.append((name, parameter, parameter.flip([dim for dim in layer.mirrored if dim < parameter.ndim])))
+    pairs = []
+    for name, layer in model.named_modules():
+        if hasattr(layer, "mirrored"):
+            _tie_gradients(layer)
+            pairs += [(name, each, _mirror_image(each, layer.mirrored)) for each in layer.parameters()]
+    pairs = [pair for pair in pairs if pair[1].requires_grad]
     apart = [(parameter - mirror).norm() / parameter.norm() for _, parameter, mirror in pairs]
     is_apart = (torch.stack(apart) > 0.1).tolist() if apart else []  # rounding alone brings them much less apart
     replaced = [pair for pair, is_broken in zip(pairs, is_apart, strict=True) if is_broken]
