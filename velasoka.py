@@ -236,12 +236,12 @@ def get_cifar10_data_loader(dataset, batch_size=_BATCH_SIZE, *, device=None, aug
 
     The whole data set lies on `device` (default: the fastest there is) as uint8 (184 MB for CIFAR-10) and batches are
     made there, normalised with the mean and std of the dataset's `Normalize` transform. The train loader shuffles and,
-    with `augment`, flips images and shifts them by up to 2 pixels at random, but after
-    `train_loader.dataset.set_epoch(0)`, which `start_cnn` calls, only flips: images seen for the first time need no
-    shift. The test loader keeps the order. The same `seed` gives the same batches, whatever the device.
+    with `augment`, flips images and shifts them by up to 2 pixels at random, but after `set_epoch(0)` of its dataset,
+    which `start_cnn` calls, only flips: images seen for the first time need no shift. The test loader keeps the order.
+    The same `seed` gives the same batches, whatever the device.
 
-    A dataset is one of this module's, one like torchvision's `CIFAR10`, or a `torch.utils.data.Subset` of either.
-    Raises ValueError or TypeError for one that does more to its images and labels: a `DataLoader` takes any dataset.
+    A dataset is one of this module's, one like torchvision's `CIFAR10`, or a `Subset` of either. Raises ValueError or
+    TypeError for one that does more to its images and labels, for which a `torch.utils.data.DataLoader` is the way.
     Batches are laid out channels_last, so a `forward` of your own needs `flatten` or `reshape` rather than `view`.
     """
     device = torch.device(device) if device is not None else get_available_device()
@@ -452,11 +452,10 @@ def train_cnn(
 ):
     """Train `model` for one epoch on any iterable of `(images N×3×H×W, labels N)` batches; return its `EpochResult`.
 
-    Labels may also be probabilities, float N×classes, as CutMix and MixUp make them. Modules in eval mode inside a
-    model in training mode stay so. `scheduler` is stepped once, at the end, `OneCycleLR` and `CyclicLR` after every
-    batch; `scheduler_interval`, "epoch" or "batch", says otherwise. Computes in the mixed precision that suits
-    `device`; if that is float16, pass the same `torch.amp.GradScaler` in each epoch (Micikevicius et al.,
-    https://arxiv.org/abs/1710.03740).
+    Labels may be probabilities, N×classes, as CutMix makes them. Modules in eval mode inside a model in training mode
+    stay so. `scheduler` is stepped at the end, `OneCycleLR` and `CyclicLR` after every batch; `scheduler_interval`,
+    "epoch" or "batch", says otherwise. In float16 pass the same `torch.amp.GradScaler` as `scaler` in each epoch
+    (mixed precision: Micikevicius et al., https://arxiv.org/abs/1710.03740).
 
     Raises FloatingPointError naming the first batch whose loss was not finite, MemoryError naming the batch size if
     memory is exhausted, TypeError or ValueError for batches or logits of another kind.
@@ -497,17 +496,6 @@ def test_cnn(model, data_loader, device, *, tta=False, progress=True):
     return batches.result()
 
 
-def _logits(model, images, tta):
-    """The float32 logits of `images`; with `tta` their mean over six views, mirrored or not, in 3 places (airbench)."""
-    views = [images]
-    if tta:
-        padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
-        views = [images, images, padded[..., :-2, :-2], padded[..., 2:, 2:]]  # unmoved counts double
-        views += [view.flip(-1) for view in views]
-    with _autocast(images.device):
-        return torch.stack([model(view).float() for view in views]).mean(0)
-
-
 def start_cnn(
     model,
     optimizer,
@@ -525,18 +513,16 @@ def start_cnn(
 ):
     """Train `model` for `epochs` epochs, test it after each, and return the `History`.
 
-    `data_loader` is `(train, test)`, both iterables of batches as for `train_cnn`. `scheduler` is any of torch's,
-    stepped once an epoch, after the test, `ReduceLROnPlateau` with the test loss; `OneCycleLR` and `CyclicLR` after
-    every batch; `scheduler_interval`, "epoch" or "batch", says otherwise. Without one the learning rate warms up from
-    nearly zero to the optimiser's own, falls back to nearly zero at the last batch, and is restored afterwards. The
-    number of each epoch, from 0, goes to every data set or sampler with `set_epoch`; that of `get_cifar10_data_loader`
-    shifts images from 1 on. Training stops once a test reaches `target_accuracy`, in percent.
+    `data_loader` is `(train, test)`, iterables of batches as for `train_cnn`. `scheduler` is any of torch's, stepped
+    after each test, `ReduceLROnPlateau` with its loss; `OneCycleLR` and `CyclicLR` after every batch;
+    `scheduler_interval`, "epoch" or "batch", says otherwise. Without one the learning rate rises to the optimiser's
+    own, falls to nearly zero at the last batch, and is restored afterwards. Data sets and samplers with `set_epoch` get
+    the number of each epoch, from 0. Training stops once a test reaches `target_accuracy`, in percent.
 
-    After every epoch everything the run needs is written to `checkpoint_path`; with `resume` the run continues from
-    there and ends as it would have without the break. The model ends with the weights of the last epoch. An interrupt
-    (Ctrl-C, the notebook's stop button), a loss that is not finite or an error ends training with the weights of the
-    best epoch; if there is none yet, a loss that is not finite restores the first ones. The first two end with a
-    warning, the error is raised, with the results so far as its attribute `history`.
+    After every epoch all that the run needs is written to `checkpoint_path`; with `resume` the run continues from there
+    and ends as if it had not been broken off. The model ends with the weights of the last epoch; after an interrupt
+    (Ctrl-C, the notebook's stop button), a loss that is not finite, or an error, with those of the best. If there is
+    none yet, a loss that is not finite restores the first ones. An error is raised, its `history` the results so far.
 
     Raises ValueError or TypeError for an argument, a batch or a checkpoint that does not fit, before anything is
     trained if it can be seen by then; MemoryError naming the batch size if memory is exhausted.
@@ -722,6 +708,17 @@ def _evaluation(model):
     finally:
         for module in training:
             module.training = True
+
+
+def _logits(model, images, tta):
+    """The float32 logits of `images`; with `tta` their mean over six views, mirrored or not, in 3 places (airbench)."""
+    views = [images]
+    if tta:
+        padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+        views = [images, images, padded[..., :-2, :-2], padded[..., 2:, 2:]]  # unmoved counts double
+        views += [view.flip(-1) for view in views]
+    with _autocast(images.device):
+        return torch.stack([model(view).float() for view in views]).mean(0)
 
 
 def predict(model, data_loader, device, *, tta=False):
