@@ -305,7 +305,7 @@ def test_a_checkpoint_of_something_else_is_refused_in_one_line_and_runs_nothing(
 
 def test_a_checkpoint_of_the_version_before_is_refused_in_one_line_that_says_so(model, loaders, device):
     torch.save({"made_with": {"model": "DilatedDepthwiseModel"}, "history": {}, "best": {}}, "run.pt")
-    with pytest.raises(ValueError, match=r"^run\.pt: a checkpoint of velasoka 2\.0, which 2\.1\.0 cannot continue$"):
+    with pytest.raises(ValueError, match=r"^run\.pt: a checkpoint of velasoka 2\.0, which .* cannot continue$"):
         train(model, loaders, device, 1, checkpoint_path="run.pt", resume=True)
 
 
