@@ -39,7 +39,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import asdict, dataclass, field
 from http.client import HTTPException
 from itertools import cycle, islice
-from operator import length_hint
+from operator import attrgetter, length_hint
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -53,7 +53,8 @@ from PIL import Image
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, get_worker_info
 from torchvision import datasets, transforms
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
@@ -249,7 +250,8 @@ def get_cifar10_data_loader(dataset, batch_size=_BATCH_SIZE, *, device=None, aug
     for part, is_train in zip(dataset, (True, False), strict=True):
         generator = torch.Generator().manual_seed(seed)
         on_device = _DeviceDataset(*_arrays_of(part), device, augment and is_train, generator)
-        loaders.append(_Loader(on_device, int(batch_size), is_train, generator=generator, collate_fn=tuple))
+        whole = attrgetter("tensors")  # nothing left to collate
+        loaders.append(_Loader(on_device, int(batch_size), is_train, generator=generator, collate_fn=whole))
     return tuple(loaders)
 
 
@@ -278,10 +280,10 @@ class _DeviceDataset(Dataset):
 
     def __getitem__(self, index):
         """One image 3×H×W and its label."""
-        return tuple(part[0] for part in self.__getitems__([range(len(self))[index]]))
+        return self.__getitems__([range(len(self))[index]])[0]
 
     def __getitems__(self, indices):
-        """A whole batch, nothing left to collate: images N×3×H×W, channels_last, and labels N."""
+        """A whole batch at once: its `tensors` are images N×3×H×W, channels_last, and labels N."""
         shape, generator = (len(indices),), None if get_worker_info() else self.generator  # torch seeds workers
         down = across = torch.full(shape, _MAX_SHIFT)  # the middle of the tables: no shift
         if self.augment and self.epoch != 0:
@@ -291,7 +293,7 @@ class _DeviceDataset(Dataset):
         chosen = torch.stack([torch.as_tensor(indices), down, across])
         index, down, across = chosen.to(self.images.device, non_blocking=True)  # one small copy: the host does not wait
         images = self.images[index[:, None, None], self.rows[down][:, :, None], self.columns[across][:, None, :]]
-        return ((images - self.mean) / self.std).permute(0, 3, 1, 2), self.labels[index]
+        return TensorDataset(((images - self.mean) / self.std).permute(0, 3, 1, 2), self.labels[index])
 
 
 # --- Optimiser, schedule, loss ---------------------------------------------------------------------------------------
@@ -551,7 +553,8 @@ class _Pass(AbstractContextManager):
 
     def __init__(self, phase, model, data_loader, device, progress, optimizer=None, scaler=None, loss_fn=None):
         self.phase, self.data_loader, self.device = phase, data_loader, device
-        self.is_sum = getattr(loss_fn, "reduction", None) == "sum"  # over the images of a batch, not their mean
+        reduction = getattr(loss_fn, "reduction", None) or getattr(loss_fn, "keywords", {}).get("reduction")
+        self.is_sum = reduction == "sum"  # over the images of a batch, not their mean
         self.optimizer, self.scaler, self.is_scaled = optimizer, scaler, scaler is not None and scaler.is_enabled()
         self.suffix = getattr(getattr(data_loader, "dataset", None), "_suffix", "")  # " (not CIFAR-10)", say
         if optimizer is not None:
@@ -736,11 +739,11 @@ def predict(model, data_loader, device, *, tta=False):
 
 @torch.no_grad()
 def _prepare_training(model):
-    """Put `model` into training mode, unless a part of it is: the others are frozen then. Restore its mirror pairs.
+    """Put `model` into training mode, unless it is: its parts in eval mode are frozen then. Restore its mirror pairs.
 
     `apply` and `load_state_dict` can bring weights that do not mirror each other, or lose the hooks on the gradients.
     """
-    if not any(module.training for module in model.modules()):
+    if not model.training:
         model.train()
     pairs = []
     for name, layer in model.named_modules():
@@ -790,6 +793,7 @@ def _interval_of(scheduler, interval=None, has_test_loss=True):
     if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
         _require(has_test_loss, "scheduler", scheduler, "start_cnn, which has the test loss for a ReduceLROnPlateau,")
         _require(interval != "batch", "scheduler_interval", interval, "'epoch' for a ReduceLROnPlateau")
+        _require(scheduler.mode == "min", "mode of ReduceLROnPlateau", scheduler.mode, "'min', as for a loss,")
     by_batch = isinstance(scheduler, (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR))
     by_batch = by_batch or "batch" in map(_interval_of, getattr(scheduler, "_schedulers", []))
     return interval or ("batch" if by_batch else "epoch")
@@ -874,7 +878,8 @@ class _Run:
         if self.best:
             self.model.load_state_dict(self.best)
         if history.status == "failed":
-            error.history = history
+            with suppress(Exception):  # some errors take no attributes
+                error.history = history
             why += f"; the model has the weights of epoch {history.best_epoch}, the error these results as its .history"
         if history.status != "failed" or history.test:
             epoch = min(len(history.test) + 1, self.epochs)
@@ -888,7 +893,7 @@ class _Run:
         fits = getattr(scheduler, "optimizer", self.optimizer) is self.optimizer
         _require(fits, "scheduler", scheduler, "one of this optimizer")
         interval, peak = _interval_of(scheduler, interval), "lr" if scheduler is None else "initial_lr"
-        lrs = [float(group.get(peak, group["lr"])) for group in self.optimizer.param_groups]
+        lrs = [float(group[peak]) for group in self.optimizer.param_groups if peak in group]
         (self.train_loader, num_batches), (self.test_loader, _) = (_finite(each, self.progress) for each in data_loader)
         for loader in (self.train_loader, self.test_loader):
             _parts_of(loader, self.parts)
@@ -970,9 +975,12 @@ class _Run:
         identity["generators of loaders"] = sum(name.startswith("loader") for name in self.random_states())
         identity |= {"epochs": self.epochs, "parameters": sum(map(torch.numel, self.model.parameters()))}
         identity["label_smoothing"] = getattr(self.loss_fn, "label_smoothing", None)
-        moved = ("momentum", "betas") if self.rates else ()  # but by some schedulers
-        for name in ("weight_decay", "nesterov", *moved):
-            identity[name] = [group.get(name) for group in self.optimizer.param_groups]
+        given = {"lr", "initial_lr", "foreach", "fused", "capturable", "is_new"}  # by a schedule, machine, or weights
+        given |= {"momentum", "betas"} if _interval_of(self.scheduler) == "batch" else set()  # cycled, too
+        groups = self.optimizer.param_groups
+        settings = {name: type(value) for group in groups for name, value in group.items() if name not in given}
+        for name in [name for name, kind in settings.items() if kind in (bool, int, float, tuple)]:
+            identity[name] = [group.get(name) for group in groups]
         return identity | {"data": _checksum(self.parts)}
 
     def outcome(self):
@@ -1011,10 +1019,10 @@ class _Run:
 
     def save(self):
         """Write everything the run needs to continue."""
-        content = {name: component.state_dict() for name, component in self.components.items()}
-        content |= {"fingerprint": self.fingerprint, "history": asdict(self.history), "best": self.best}
+        content = {"fingerprint": self.fingerprint, "history": asdict(self.history), "best": self.best}
         content["random"] = {name: get_state() for name, (get_state, _) in self.random_states().items()}
         try:
+            content |= {name: component.state_dict() for name, component in self.components.items()}
             _write(_plain(content), self.path)
         except (
             OSError,
@@ -1023,7 +1031,7 @@ class _Run:
             ValueError,
             pickle.PicklingError,
         ) as error:  # also of a scheduler's state
-            why = _first_line(error)
+            why = _first_line(error).removeprefix(f"{self.path}: ")
             warnings.warn(f"{self.path}: checkpoint not written ({why}); training continues", stacklevel=5)
 
     def load(self):
@@ -1096,23 +1104,23 @@ def _parts_of(part, parts):
     """Append to `parts` a loader and what it is made of: its data set, its samplers, and what these hold in turn."""
     if part is not None and not any(part is known for known in parts):
         parts.append(part)
-        many = getattr(part, "datasets", ())  # of a ConcatDataset
-        inner = [getattr(part, name, None) for name in ("dataset", "sampler", "batch_sampler")]
-        for each in (*inner, *(many if isinstance(many, (list, tuple)) else ())):
-            _parts_of(each, parts)
+        for name in ("dataset", "datasets", "sampler", "batch_sampler", "transform", "transforms"):
+            inner = getattr(part, name, None)
+            for each in inner if isinstance(inner, (list, tuple)) else [inner]:
+                _parts_of(each, parts)
 
 
 def _checksum(parts):
     """A checksum of the images and labels in `parts`, those that are arrays."""
     checksum = 0
     for part in parts:
-        values = [getattr(part, name, None) for name in ("data", "images", "targets", "labels", "indices")]
-        for value in (*values, *getattr(part, "tensors", ())):
-            with suppress(TypeError, ValueError, RuntimeError):  # no array
-                value = value[:100_000]
-                array = np.asarray(value.cpu() if isinstance(value, torch.Tensor) else value)
-                if array.dtype.kind in "biuf":
-                    checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
+        for name in ("data", "images", "targets", "labels", "indices", "tensors"):
+            with suppress(Exception):  # no array, or anything else
+                value = getattr(part, name)
+                for each in value if name == "tensors" else [value]:
+                    array = np.asarray(each[:100_000].cpu() if isinstance(each, torch.Tensor) else each[:100_000])
+                    if array.dtype.kind in "biuf":
+                        checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
     return checksum
 
 
@@ -1145,7 +1153,7 @@ def load_model(model, path, device=None):
     """Load the weights saved at `path` into `model`, move it to `device` (default: leave it where it is), return it.
 
     From a checkpoint of `start_cnn` come the weights of its best epoch; those of a compiled, averaged or `DataParallel`
-    model fit the plain one, and the other way round. Raises FileNotFoundError if there is no file, ValueError if it
+    model fit the plain one. Raises FileNotFoundError if there is no file, ValueError if it
     holds anything but sound weights of this model.
     """
     weights = _read(path)
@@ -1156,7 +1164,9 @@ def load_model(model, path, device=None):
         weights.pop("n_averaged", None)  # of torch's `AveragedModel`
     names = dict(zip(_unwrapped(model.state_dict()), model.state_dict(), strict=True))
     weights = {names.get(name, name): value for name, value in zip(_unwrapped(weights), weights.values(), strict=True)}
-    expected, found = map(_shapes, (model.state_dict(), weights))
+    found, expected = _shapes(weights), model.state_dict()
+    lazy = {name: found.get(name) for name, tensor in expected.items() if nn.parameter.is_lazy(tensor)}
+    expected = lazy | _shapes({name: tensor for name, tensor in expected.items() if name not in lazy})
     for name in [*expected, *found]:
         if found.get(name) != expected.get(name):
             shapes = f"{name}: {found.get(name)} instead of {expected.get(name)}"
@@ -1237,9 +1247,12 @@ def _read(path):
 def _plain(value):
     """`value` with its NumPy numbers as Python's, which alone are read back."""
     if isinstance(value, dict):
-        return {_plain(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return (list if isinstance(value, list) else tuple)(map(_plain, value))
+        plain = copy.copy(value)  # a `state_dict` has its modules' versions, too
+        plain.clear()
+        plain.update({_plain(key): _plain(inner) for key, inner in value.items()})
+        return plain
+    if type(value) in (list, tuple):
+        return type(value)(map(_plain, value))
     return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
 
 
@@ -1621,7 +1634,7 @@ def receptive_field(model, input_size=(3, 32, 32)):
     model, or the function's), `kernel_size`, `stride`, `dilation`, `output_size`, `jump` (input pixels between two
     neighbouring cells of the output) and `receptive_field` (input pixels that a cell sees): sides in pixels, or
     `(height, width)` if the two differ. Global pooling and flattening see all of an image of `input_size` = (channels,
-    height, width). Where branches meet, the larger view counts. What cannot be followed, such as attention, transposed
+    height, width). Where branches meet, and of several outputs, the larger view counts. What cannot be followed, such as attention, transposed
     convolution or indexing, is warned of. Raises ValueError if the model cannot process such images.
 
     The arithmetic is that of Araujo, Norris and Sim, https://distill.pub/2019/computing-receptive-fields; how far NaN
@@ -1633,12 +1646,13 @@ def receptive_field(model, input_size=(3, 32, 32)):
     images[..., row, column : column + 2] = math.nan  # two, to tell columns from rows
     with _ViewTracer(model) as tracer:
         output = _output_of(model, images)
+    outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    tracer.lost += [] if all(hasattr(leaf, "seen") for leaf in outputs) else ["the output"]
     if tracer.lost:
-        names = ", ".join(dict.fromkeys(tracer.lost))
+        *names, last = list(dict.fromkeys(tracer.lost))[:6]
+        names = ", ".join([*names, last if len(names) < 5 else "…"])
         warnings.warn(f"the receptive field leaves out {names}, which it cannot follow", stacklevel=3)
-    while isinstance(output, (tuple, list, dict)) and output:
-        output = next(iter(output.values() if isinstance(output, dict) else output))
-    seen = getattr(output, "seen", None)
+    seen = max((leaf.seen for leaf in outputs if hasattr(leaf, "seen")), key=lambda seen: tuple(seen[0]), default=None)
     if tracer.rows and seen is not None and (seen[0] != tracer.field).any():  # another branch ran last
         tracer.add_row("output", 1, 1, 1, *seen)
     return tracer.rows
@@ -1666,17 +1680,21 @@ class _ViewTracer(TorchFunctionMode):
         self.lost = []  # what could not be followed
         for name, layer in model.named_modules():
             if not [*layer.children()] and not isinstance(layer, torch.jit.ScriptModule):
+                name = name or type(layer).__name__
                 layer.register_forward_pre_hook(lambda *_, name=name: setattr(self, "layer", name))
                 layer.register_forward_hook(lambda *_: setattr(self, "layer", None))
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         output, kwargs = function(*args, **kwargs or {}), kwargs or {}
-        name, given = function.__name__, (*args, *kwargs.values())
-        given = given[:1] if name in ("to", "type_as", "view_as", "expand_as") else given  # the other has the form only
-        groups = [part if isinstance(part, (list, tuple)) else [part] for part in (output, *given)]
-        outputs = [part for part in groups[0] if isinstance(part, torch.Tensor)]
-        inputs = [part.seen for group in groups[1:] for part in group if hasattr(part, "seen")]
-        if inputs and outputs and not name.endswith("_like") and not name.startswith("new_"):
+        name = function.__name__
+        if name.endswith("_like") or name.startswith("new_"):  # only the form of what they are given
+            return output
+        given = args[:1] if name in ("to", "type_as", "view_as", "expand_as") else (args, kwargs)
+        given, outputs = (
+            [leaf for leaf in tree_leaves(each) if isinstance(leaf, torch.Tensor)] for each in (given, output)
+        )
+        inputs = [tensor.seen for tensor in given if hasattr(tensor, "seen")]
+        if inputs and outputs:
             seen = self.step(name, args, kwargs, np.stack(inputs), outputs[0])
             for tensor in outputs:
                 tensor.seen = seen
@@ -1688,6 +1706,8 @@ class _ViewTracer(TorchFunctionMode):
         _, jump, size = inputs[inputs[:, 2].prod(1).argmax()]  # where a map meets a number, the map's
         shape, is_kept = tuple(output.shape), output.ndim == 3 or bool(_extents(output, size))
         new_size = size if is_kept and function not in _WINDOWED else np.array(shape[-2:] if len(shape) > 3 else (1, 1))
+        if (size == 1).all() and function not in _WINDOWED:  # spread over a map, it is still one cell
+            return np.array([field, jump, size])
         kernel = stride = dilation = np.ones(2, int)
         layer, followed = function if self.layer is None else self.layer, function not in (*_MOVING, *_ATTENTION)
         if function in _WINDOWED:
@@ -1705,7 +1725,7 @@ class _ViewTracer(TorchFunctionMode):
             followed = not any(isinstance(each, (torch.Tensor, list)) for each in index)
         seen = np.array([field + (kernel - 1) * dilation * jump, jump * stride, new_size])
         followed &= bool(kernel.max() > 1 or stride.max() > 1 or function == "pad" or (new_size == size).all())
-        if not self.lost and (extents := _extents(output, new_size)):
+        if not self.lost and function != "pad" and (extents := _extents(output, new_size)):
             followed &= bool((np.ceil((seen[0] + (0, 1)) / seen[1]) >= extents).all(1).any())
         self.lost += [] if followed else [layer]
         if kernel.max() > 1 or stride.max() > 1:
@@ -1743,7 +1763,7 @@ def model_summary(model, input_size, device=None):
     rows, table, copied = receptive_field(model, input_size), io.StringIO(), _cpu_copy(model, input_size)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # torchsummary draws a random input
         try:
-            with redirect_stdout(table):
+            with redirect_stdout(table), torch.compiler.set_stance("force_eager"):
                 torchsummary.summary(copied, tuple(input_size), device="cpu")
             print(table.getvalue(), end="")
         except Exception as error:  # it knows only layers that return one tensor
@@ -1786,7 +1806,8 @@ def _cpu_copy(model, input_size):
 def _output_of(model, images):
     """The output of `model`, from `_cpu_copy`; ValueError if it has none."""
     try:
-        with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        eager = torch.compiler.set_stance("force_eager")  # what is compiled cannot be followed
+        with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]), eager:
             return model(images)
     except Exception as error:  # a foreign model can fail in any way
         size = tuple(images.shape[1:])
