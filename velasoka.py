@@ -1634,8 +1634,9 @@ def receptive_field(model, input_size=(3, 32, 32)):
     model, or the function's), `kernel_size`, `stride`, `dilation`, `output_size`, `jump` (input pixels between two
     neighbouring cells of the output) and `receptive_field` (input pixels that a cell sees): sides in pixels, or
     `(height, width)` if the two differ. Global pooling and flattening see all of an image of `input_size` = (channels,
-    height, width). Where branches meet, and of several outputs, the larger view counts. What cannot be followed, such as attention, transposed
-    convolution or indexing, is warned of. Raises ValueError if the model cannot process such images.
+    height, width). Where branches meet, and of several outputs, the larger view counts. What cannot be followed, such
+    as attention, transposed convolution or indexing, is warned of. Raises ValueError if the model cannot process such
+    images.
 
     The arithmetic is that of Araujo, Norris and Sim, https://distill.pub/2019/computing-receptive-fields; how far NaN
     in the middle of the image spreads tells whether it holds.
