@@ -1493,13 +1493,13 @@ def download_cifar10(root="./data", *, mirrors=CIFAR10_MIRRORS):
     root = _path(root)
     folder, archive = root / _BATCHES, root / _ARCHIVE
     if not folder.exists():
-        whole = archive.exists() and check_integrity(archive, _ARCHIVE_MD5)
+        whole = check_integrity(archive, _ARCHIVE_MD5)
         if whole and not os.access(root, os.W_OK):
             root = Path(tempfile.gettempdir()) / "velasoka"
             folder = root / _BATCHES
         with _locked(root):
             if not folder.exists():  # no other process has unpacked it
-                if not whole and not (archive.exists() and check_integrity(archive, _ARCHIVE_MD5)):
+                if not whole and not check_integrity(archive, _ARCHIVE_MD5):
                     _fetch_archive(archive, mirrors)
                 _unpack(archive, folder)
                 return folder
@@ -1525,8 +1525,7 @@ def _locked(root):
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
-        way_out = "make room there (360 MB for CIFAR-10) or name another folder"
-        raise OSError(f"{root}: cannot be written ({error.strerror}): {way_out}") from error
+        raise OSError(f"{root}: cannot be written ({error.strerror}): make room (360 MB) or use another one") from error
 
 
 def _unpack(archive, folder):
@@ -1557,7 +1556,7 @@ def _fetch_archive(archive, mirrors, *, timeout=10, speed=200_000, window=15):
         yield from ((url, kept, 0) for url in sorted(crawling, key=crawling.get, reverse=True))
         yield from ((url, again, 0) for url in list(doubtful))  # from nothing: the bytes in `kept` may be at fault
 
-    whole = kept.exists() and check_integrity(kept, _ARCHIVE_MD5)  # stopped just before it was renamed
+    whole = check_integrity(kept, _ARCHIVE_MD5)  # if it stopped just before this was renamed
     for url, part, slowest in () if whole else attempts():
         have = part.stat().st_size if part.exists() else 0
         try:
@@ -1592,24 +1591,23 @@ def _fetch(url, part, have, timeout, speed, window, crawling):
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as reply:
         if reply.headers.get_content_type() == "text/html":
             raise ConnectionError(f"answers with a web page ({reply.url}), not with the archive")
-        skip = 0 if reply.status == 206 else have  # 206: the server sends only the rest
-        size, length = have - skip, reply.headers.get("Content-Length")
-        if length and size + int(length) != _ARCHIVE_SIZE:
-            raise ConnectionError(f"offers {size + int(length):,} bytes, the archive has {_ARCHIVE_SIZE:,}")
-        source = url.split("/")[2]
-        bar = tqdm(initial=size, total=_ARCHIVE_SIZE, unit="B", unit_scale=True, desc=source, file=sys.stdout)
-        began, received = time.perf_counter(), 0
+        size = have if reply.status == 206 else 0  # 206: the server sends only the rest
+        offered = size + int(reply.headers.get("Content-Length") or _ARCHIVE_SIZE - size)
+        if offered != _ARCHIVE_SIZE:
+            raise ConnectionError(f"offers {offered:,} bytes, the archive has {_ARCHIVE_SIZE:,}")
+        host = url.split("/")[2]
+        bar = tqdm(initial=size, total=_ARCHIVE_SIZE, unit="B", unit_scale=True, desc=host, file=sys.stdout)
+        began, before = time.perf_counter(), size
         with part.open("ab") as file, bar:
             while size <= _ARCHIVE_SIZE and (chunk := reply.read1(1 << 16)):
-                file.write(chunk[skip:])
-                skip = max(0, skip - len(chunk))
+                file.write(chunk[max(0, have - size) :])
                 bar.update(len(chunk))
-                size, received = size + len(chunk), received + len(chunk)
+                size += len(chunk)
                 if (seconds := time.perf_counter() - began) >= window:
-                    if received < speed * seconds:
-                        crawling[url] = received / seconds
+                    if size - before < speed * seconds:
+                        crawling[url] = (size - before) / seconds
                         raise ConnectionError(f"crawls at {crawling[url] / 1000:.0f} kB/s")
-                    began, received = time.perf_counter(), 0
+                    began, before = time.perf_counter(), size
     if size < _ARCHIVE_SIZE:
         raise ConnectionError(f"broke off after {size:,} of {_ARCHIVE_SIZE:,} bytes")
 
