@@ -2044,7 +2044,7 @@ test_cnn.__test__ = False  # not one of pytest's, even if a test file imports ev
 
 
 def _parse(arguments):
-    """The command line's options."""
+    """The command line's options; raises ValueError for a number or a device that is no good."""
     about = "Train small convolutional networks on CIFAR-10; by default dilated-depthwise, to 80% on its test images."
     status = "0 trained as announced; 1 target missed, or loss diverged; 2 wrong option, or no data; 130 interrupted"
     parser = argparse.ArgumentParser("velasoka", description=about, epilog=f"Exit status: {status} (checkpoint kept).")
@@ -2059,9 +2059,7 @@ def _parse(arguments):
     add("--batch-size", type=int, default=_BATCH_SIZE, metavar="N", help="default: %(default)s")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     add("--seed", type=int, default=SEED, metavar="N", help="default: %(default)s")
-    add(
-        "--checkpoint", type=_path, metavar="FILE", help="after every epoch, write everything the run needs to continue"
-    )
+    add("--checkpoint", type=_path, metavar="FILE", help="after every epoch, write all that the run needs to continue")
     add("--resume", action="store_true", help="continue from --checkpoint, if that file exists")
     add("--save", type=_path, metavar="FILE", help="write the trained weights, for load_model")
     add("--version", action="version", version=__version__)
@@ -2076,12 +2074,9 @@ def _parse(arguments):
             parser.error(f"{path}: cannot be written")
     checks = {name: _CHECKS[name] for name in ("epochs", "batch_size", "device")}
     checks |= {"seed": _CHECKS["seed_everything.seed"], "target": _CHECKS["target_accuracy"]}
-    try:
-        for name, check in checks.items():
-            if getattr(options, name) is not None:
-                check(f"--{name.replace('_', '-')}", getattr(options, name))
-    except ValueError as error:
-        parser.error(str(error))
+    for name, check in checks.items():
+        if getattr(options, name) is not None:
+            check(f"--{name.replace('_', '-')}", getattr(options, name))
     options.target = options.target or (80.0 if options.epochs is None else None)
     options.epochs = options.epochs or 1
     return options
@@ -2089,10 +2084,18 @@ def _parse(arguments):
 
 def _main(arguments=None):
     """The command line: train what the options ask for, say how it went, give the exit status."""
-    options = _parse(arguments)
     warnings.showwarning = lambda message, *_: print(f"velasoka: {message}", file=sys.stderr)
     try:
-        dataset = _dataset(options)
+        options = _parse(arguments)
+        try:
+            dataset = (
+                get_synthetic_dataset() if options.synthetic else get_cifar10_dataset(root=options.data or "./data")
+            )
+        except OSError as error:  # no source delivers, or ./data cannot be written
+            if options.data:
+                raise
+            print(f"{error}\nContinuing with synthetic pictures: what follows is not CIFAR-10.")
+            dataset = get_synthetic_dataset()
         names = MODELS if options.model == "all" else [options.model]
         return max([_train(name, dataset, options) for name in names])
     except KeyboardInterrupt:
@@ -2103,24 +2106,11 @@ def _main(arguments=None):
         return 2
 
 
-def _dataset(options):
-    """The data that the options ask for; if they ask for none and CIFAR-10 is unavailable, drawn pictures."""
-    if not options.synthetic:
-        try:
-            return get_cifar10_dataset(root=options.data or "./data")
-        except OSError as error:  # no source delivers, or ./data cannot be written
-            if options.data:
-                raise
-            print(f"{error}\nContinuing with synthetic pictures: what follows is not CIFAR-10.")
-    return get_synthetic_dataset()
-
-
 def _train(name, dataset, options):
     """Train one model as the options say and print how it ended; 0 where that is as announced, else 1."""
     seed_everything(options.seed)
     model, device = MODELS[name](), torch.device(options.device or get_available_device())
-    title = name + dataset[0]._suffix
-    view = receptive_field(model)[-1]["receptive_field"]
+    title, view = name + dataset[0]._suffix, receptive_field(model)[-1]["receptive_field"]
     print(f"{title}: {count_parameters(model):,} parameters, receptive field {view}, on {device}")
     loaders = get_cifar10_data_loader(dataset, options.batch_size, device=device, seed=options.seed)
     suffix = f"-{name}" if options.model == "all" else ""  # or one model's files would replace another's
