@@ -1258,13 +1258,16 @@ def _plain(value):
 
 # --- Data sets and transforms ----------------------------------------------------------------------------------------
 
+_WAY_OUT = "a torch.utils.data.DataLoader takes any dataset"
+_CONVERSIONS = "ToTensor", "PILToTensor", "ConvertImageDtype", "ToImage", "ToDtype", "ToPureTensor", "ToPILImage"
+
 
 class _ArrayDataset(Dataset):
     """Labelled pictures with the attributes of torchvision's `CIFAR10`; `_suffix` follows what is printed of them."""
 
     def __init__(self, data, targets, classes, mean, std, suffix=""):
         self.data, self.targets, self.classes, self._suffix = data, targets, list(classes), suffix
-        self.transform = compose_transform(to_tensor(), _normalize_colours(mean, std))
+        self.transform = compose_transform(to_tensor(), to_normalize(mean, std))
 
     def __len__(self):
         return len(self.data)
@@ -1293,7 +1296,6 @@ def get_cifar10_dataset(mean=CIFAR10_MEAN, std=CIFAR10_STD, *, root="./data", do
     Raises FileNotFoundError if there is nothing and `download` is false, ConnectionError if no source delivers,
     ValueError naming the file or folder that is not as it should be.
     """
-    _normalize_colours(mean, std)  # checked before the download
     root = _path(root)
     if not any((root / name).is_dir() for name in (_BATCHES, "train", "test")):
         if not download and not (root / _ARCHIVE).is_file():
@@ -1331,29 +1333,22 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def _read_image_folders(root, split):
     """Images (uint8 N×32×32×3) and labels of `split` from the image folders `<root>/<split>/<class>/*`."""
-    folder, classes = root / split, set(CIFAR10_CLASSES)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder, needed beside the other split's")
-    paths = [path for path in folder.glob("[!.]*/[!.]*") if path.parent.name != "__MACOSX"]  # nothing of macOS's own
-    files = sorted(path for path in paths if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
-    missing = sorted(classes - {path.parent.name for path in files})
-    unknown = sorted({path.name for path in folder.glob("[!.]*") if path.is_dir()} - classes - {"__MACOSX"})
+    folder, images = root / split, []
+    files = sorted(path for name in CIFAR10_CLASSES for path in (folder / name).glob("[!.]*"))
+    files = [path for path in files if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
+    missing = sorted({*CIFAR10_CLASSES} - {path.parent.name for path in files})
+    unknown = sorted({path.name for path in folder.glob("[!.]*") if path.is_dir()} - {*CIFAR10_CLASSES, "__MACOSX"})
     if missing or unknown:
-        needed = "a folder with PNG or JPEG images for each class of CIFAR-10 is needed"
-        raise ValueError(f"{folder}: {needed}; missing {missing}, unknown {unknown}")
-    images = np.empty((len(files), 32, 32, 3), dtype=np.uint8)
-    bar = tqdm(files, desc=f"Reading {folder}", unit=" images", mininterval=0.5, file=sys.stdout)
-    for image, path in zip(images, bar, strict=True):
+        raise ValueError(f"{folder}: needs PNG or JPEG images of each class; missing {missing}, unknown {unknown}")
+    for path in tqdm(files, desc=f"Reading {folder}", unit=" images", mininterval=0.5, file=sys.stdout):
         try:
             with Image.open(path) as picture:
-                _require(picture.mode[0] not in "IF", "mode", picture.mode, "8 bits a colour")
-                pixels = np.asarray(picture.convert("RGB"))
+                if picture.size != (32, 32) or picture.mode[0] in "IF":  # 16 or 32 bits a pixel
+                    raise ValueError(f"{picture.width}×{picture.height} pixels of mode {picture.mode}")
+                images.append(np.asarray(picture.convert("RGB")))
         except (OSError, SyntaxError, ValueError) as error:  # Pillow's ways to refuse a file
-            raise ValueError(f"{path}: not a readable image ({error})") from error
-        if pixels.shape != image.shape:
-            raise ValueError(f"{path}: {pixels.shape[1]}×{pixels.shape[0]} pixels, not 32×32")
-        image[:] = pixels
-    return images, [CIFAR10_CLASSES.index(path.parent.name) for path in files]
+            raise ValueError(f"{path}: not a readable image of 32×32 pixels, 8 bits a colour ({error})") from error
+    return np.stack(images), [CIFAR10_CLASSES.index(path.parent.name) for path in files]
 
 
 def _arrays_of(dataset):
@@ -1365,34 +1360,27 @@ def _arrays_of(dataset):
         return images[chosen], labels[chosen], *rest
     if not hasattr(dataset, "data") or not hasattr(dataset, "targets"):
         raise TypeError(f"dataset: {type(dataset).__name__} has no .data and .targets; {_WAY_OUT}")
-    images, classes = np.asarray(dataset.data), list(getattr(dataset, "classes", None) or range(1000))
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+    images, classes = np.asarray(dataset.data), getattr(dataset, "classes", None) or range(1000)
+    if images.dtype != np.uint8 or images.shape[3:] != (3,) or not len(images):
         raise ValueError(f"dataset: .data of uint8 N×H×W×3 is needed, not of {images.dtype} {images.shape}; {_WAY_OUT}")
     labels = _as_labels("dataset.targets", dataset.targets, len(images), classes)
     mean, std = (torch.as_tensor(each, dtype=torch.float32) for each in _normalization(dataset))
     is_known = getattr(type(dataset), "__getitem__", None) in (_ArrayDataset.__getitem__, datasets.CIFAR10.__getitem__)
     step = len(images) // 3 + 1 if is_known else 1  # what a foreign one does to its items shows only in all of them
     for index in range(0, len(images), step) if hasattr(dataset, "__getitem__") else ():
-        try:
+        with suppress(TypeError, ValueError, RuntimeError):  # of an item that is no image with its label
             image, label = dataset[index] if len(dataset) == len(images) else ()
             image = image if isinstance(image, torch.Tensor) else to_tensor()(image)
             expected = ((torch.as_tensor(images[index]) / 255 - mean) / std).permute(2, 0, 1)
-            is_plain = image.shape == expected.shape and image.allclose(expected, 1e-3, 1e-3) and label == labels[index]
-        except (TypeError, ValueError, RuntimeError):
-            is_plain = False
-        if not is_plain:
-            raise ValueError(f"dataset: item {index} is more than its .data normalised and its .targets; {_WAY_OUT}")
+            if image.shape == expected.shape and image.allclose(expected, 1e-3, 1e-3) and label == labels[index]:
+                continue
+        raise ValueError(f"dataset: item {index} is more than its .data normalised and its .targets; {_WAY_OUT}")
     return torch.as_tensor(images), labels, mean, std, getattr(dataset, "_suffix", "")
-
-
-_WAY_OUT = "a torch.utils.data.DataLoader takes any dataset"
 
 
 def _normalization(dataset):
     """Mean and std of the `Normalize` of `dataset`; raises ValueError if it transforms images or labels otherwise."""
-    steps, mean, std = [getattr(dataset, "transform", None)], (0.0,), (1.0,)
-    if getattr(dataset, "target_transform", None) is not None:
-        raise ValueError(f"dataset: its target_transform would be left out; {_WAY_OUT}")
+    steps, mean, std = [getattr(dataset, name, None) for name in ("transform", "target_transform")], (0.0,), (1.0,)
     for step in steps:  # it grows
         if isinstance(step, (transforms.Compose, v2.Compose, nn.Sequential)):
             steps += getattr(step, "transforms", step)
@@ -1403,26 +1391,10 @@ def _normalization(dataset):
     return mean, std
 
 
-_CONVERSIONS = "ToTensor", "PILToTensor", "ConvertImageDtype", "ToImage", "ToDtype", "ToPureTensor", "ToPILImage"
-
-
 def to_normalize(mean, std):
     """torchvision's `Normalize`: (pixel − mean) / std, channel by channel."""
-    for name, values, low, needed in (("mean", mean, -math.inf, ""), ("std", std, 0, " above 0")):
-        try:
-            numbers = np.asarray(values, dtype=float)
-            fits = numbers.ndim == 1 and numbers.size and ((low < numbers) & (numbers < math.inf)).all()
-        except (TypeError, ValueError):
-            fits = False
-        _require(fits, name, values, f"a finite number{needed} for each channel")
     _require(len(std) == len(mean), "std", std, f"as many numbers as mean has, {len(mean)},")
     return transforms.Normalize(mean=mean, std=std)
-
-
-def _normalize_colours(mean, std):
-    """`to_normalize` of three channels."""
-    _require(len(to_normalize(mean, std).mean) == 3, "mean", mean, "a number for each of 3 channels")
-    return to_normalize(mean, std)
 
 
 def to_tensor():
@@ -1437,8 +1409,6 @@ def to_pil():
 
 def compose_transform(*args):
     """torchvision's `Compose` of the transforms given, applied from left to right."""
-    for transform in args:
-        _require(callable(transform), "args", transform, "a transform, something to call with an image,", TypeError)
     return transforms.Compose(list(args))
 
 
@@ -1498,13 +1468,13 @@ def download_cifar10(root="./data", *, mirrors=CIFAR10_MIRRORS):
     root = _path(root)
     folder, archive = root / _BATCHES, root / _ARCHIVE
     if not folder.exists():
-        whole = archive.exists() and check_integrity(archive, _ARCHIVE_MD5)
+        whole = check_integrity(archive, _ARCHIVE_MD5)
         if whole and not os.access(root, os.W_OK):
             root = Path(tempfile.gettempdir()) / "velasoka"
             folder = root / _BATCHES
         with _locked(root):
             if not folder.exists():  # no other process has unpacked it
-                if not whole and not (archive.exists() and check_integrity(archive, _ARCHIVE_MD5)):
+                if not whole and not check_integrity(archive, _ARCHIVE_MD5):
                     _fetch_archive(archive, mirrors)
                 _unpack(archive, folder)
                 return folder
@@ -1530,8 +1500,7 @@ def _locked(root):
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
-        way_out = "make room there (360 MB for CIFAR-10) or name another folder"
-        raise OSError(f"{root}: cannot be written ({error.strerror}): {way_out}") from error
+        raise OSError(f"{root}: cannot be written ({error.strerror}): make room (360 MB) or use another one") from error
 
 
 def _unpack(archive, folder):
@@ -1562,7 +1531,7 @@ def _fetch_archive(archive, mirrors, *, timeout=10, speed=200_000, window=15):
         yield from ((url, kept, 0) for url in sorted(crawling, key=crawling.get, reverse=True))
         yield from ((url, again, 0) for url in list(doubtful))  # from nothing: the bytes in `kept` may be at fault
 
-    whole = kept.exists() and check_integrity(kept, _ARCHIVE_MD5)  # stopped just before it was renamed
+    whole = check_integrity(kept, _ARCHIVE_MD5)  # if it stopped just before this was renamed
     for url, part, slowest in () if whole else attempts():
         have = part.stat().st_size if part.exists() else 0
         try:
@@ -1597,24 +1566,23 @@ def _fetch(url, part, have, timeout, speed, window, crawling):
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as reply:
         if reply.headers.get_content_type() == "text/html":
             raise ConnectionError(f"answers with a web page ({reply.url}), not with the archive")
-        skip = 0 if reply.status == 206 else have  # 206: the server sends only the rest
-        size, length = have - skip, reply.headers.get("Content-Length")
-        if length and size + int(length) != _ARCHIVE_SIZE:
-            raise ConnectionError(f"offers {size + int(length):,} bytes, the archive has {_ARCHIVE_SIZE:,}")
-        source = url.split("/")[2]
-        bar = tqdm(initial=size, total=_ARCHIVE_SIZE, unit="B", unit_scale=True, desc=source, file=sys.stdout)
-        began, received = time.perf_counter(), 0
+        size = have if reply.status == 206 else 0  # 206: the server sends only the rest
+        offered = size + int(reply.headers.get("Content-Length") or _ARCHIVE_SIZE - size)
+        if offered != _ARCHIVE_SIZE:
+            raise ConnectionError(f"offers {offered:,} bytes, the archive has {_ARCHIVE_SIZE:,}")
+        host = url.split("/")[2]
+        bar = tqdm(initial=size, total=_ARCHIVE_SIZE, unit="B", unit_scale=True, desc=host, file=sys.stdout)
+        began, before = time.perf_counter(), size
         with part.open("ab") as file, bar:
             while size <= _ARCHIVE_SIZE and (chunk := reply.read1(1 << 16)):
-                file.write(chunk[skip:])
-                skip = max(0, skip - len(chunk))
+                file.write(chunk[max(0, have - size) :])
                 bar.update(len(chunk))
-                size, received = size + len(chunk), received + len(chunk)
+                size += len(chunk)
                 if (seconds := time.perf_counter() - began) >= window:
-                    if received < speed * seconds:
-                        crawling[url] = received / seconds
+                    if size - before < speed * seconds:
+                        crawling[url] = (size - before) / seconds
                         raise ConnectionError(f"crawls at {crawling[url] / 1000:.0f} kB/s")
-                    began, received = time.perf_counter(), 0
+                    began, before = time.perf_counter(), size
     if size < _ARCHIVE_SIZE:
         raise ConnectionError(f"broke off after {size:,} of {_ARCHIVE_SIZE:,} bytes")
 
@@ -1828,7 +1796,7 @@ def show_images(images, labels, classes, *, columns=8, mean=CIFAR10_MEAN, std=CI
 
     `images` are uint8 N×H×W×3, or float N×3×H×W normalised with `mean` and `std`; `labels` index `classes`.
     """
-    labels = _as_labels("labels", labels, _number_of("images", images), classes)
+    labels = _as_labels("labels", labels, len(images), classes)
     return _grid(images, [classes[label] for label in labels], columns, mean, std)
 
 
@@ -1837,7 +1805,7 @@ def show_misclassified(images, labels, logits, classes, *, count=16, columns=8, 
 
     `images` and `labels` as for `show_images`; `logits` N×10 as `predict` returns them, in the same order.
     """
-    labels = _as_labels("labels", labels, _number_of("images", images), classes)
+    labels = _as_labels("labels", labels, len(images), classes)
     shape, found = (len(images), len(classes)), np.shape(logits)
     _require(found == shape, "shape of logits", tuple(found), f"{shape} for these images and classes")
     confidence, predictions = torch.as_tensor(logits).cpu().float().softmax(1).max(1)
@@ -1849,15 +1817,10 @@ def show_misclassified(images, labels, logits, classes, *, count=16, columns=8, 
 
 def _grid(images, titles, columns, mean, std):
     """A `Figure` of images in rows of `columns`, each under its title."""
-    _normalize_colours(mean, std)
-    needed = "uint8 N×H×W×3 or float N×3×H×W"
-    try:
-        images = torch.stack([torch.as_tensor(image).detach().cpu() for image in images] or [torch.zeros(3, 1, 1)])
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"images: {needed} is needed ({_first_line(error)})") from error
+    images = torch.stack([torch.as_tensor(image).detach().cpu() for image in images] or [torch.zeros(3, 1, 1)])
     of_bytes = images.dtype == torch.uint8
-    fits = images.ndim == 4 and images.shape[3 if of_bytes else 1] == 3 and (of_bytes or images.is_floating_point())
-    _require(fits, "images", f"{images.dtype} {tuple(images.shape)}", needed)
+    fits = images.shape[3 if of_bytes else 1] == 3 and (of_bytes or images.is_floating_point())
+    _require(fits, "images", f"{images.dtype} {tuple(images.shape)}", "uint8 N×H×W×3 or float N×3×H×W")
     if not of_bytes:
         images = (images.permute(0, 2, 3, 1) * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1)
     rows = math.ceil(len(images) / columns)
@@ -1919,7 +1882,7 @@ def per_class_accuracy(labels, predictions, classes):
 
 def _confusion(labels, predictions, classes):
     """How many images of class i were taken for class j, an int tensor classes×classes."""
-    labels = _as_labels("labels", labels, _number_of("labels", labels), classes)
+    labels = _as_labels("labels", labels, len(labels), classes)
     predictions, number = _as_labels("predictions", predictions, len(labels), classes), len(classes)
     return torch.bincount(labels * number + predictions, minlength=number**2).reshape(number, number)
 
@@ -1935,8 +1898,17 @@ def _require(fits, name, value, needed, error=ValueError):
 
 
 def _must(fits, needed, error=TypeError):
-    """A check that raises `error` unless an argument `fits`."""
-    return lambda name, value: _require(fits(value), name, value, needed, error)
+    """A check that raises `error` unless an argument is an instance of the class `fits`, or passes that test."""
+
+    def check(name, value):
+        good, why = False, ""
+        try:
+            good = isinstance(value, fits) if isinstance(fits, (type, tuple)) else fits(value)
+        except Exception as reason:  # the test may fail in any way on what is of quite another kind
+            why = f" ({_first_line(reason)})"
+        _require(good, name, value, needed + why, error)
+
+    return check
 
 
 def _number(kind, low=1, high=math.inf):
@@ -1944,31 +1916,19 @@ def _number(kind, low=1, high=math.inf):
     kinds = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
     most = min(high, sys.float_info.max)
     bounds = "above 0" if low == sys.float_info.min else f"from {low} " + (f"to {high}" if high < math.inf else "up")
-    fits = lambda value: isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= most  # noqa: E731
-    return _must(fits, f"a {'whole' if kind is int else 'finite'} number {bounds}", ValueError)
+    needed = f"a {'whole' if kind is int else 'finite'} number {bounds}"
+    return _must(lambda it: isinstance(it, kinds) and type(it) is not bool and low <= it <= most, needed, ValueError)
 
 
-def _check_device(name, device):
-    """Raise ValueError unless this machine can compute on `device`."""
-    try:
-        torch.zeros(1, device=torch.device(device)).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:
-        raise ValueError(f"{name}={device!r}: a device of this machine is needed ({_first_line(error)})") from error
+def _per_channel(needed, low, sizes):
+    """A check for a list of finite numbers above `low`, as many as one of `sizes`."""
+    return _must(lambda them: len(them) in sizes and all(low < it < math.inf for it in them), needed, ValueError)
 
 
 def _check_optimizer(name, value):
     """Raise TypeError or ValueError unless the loops can step `value`."""
     _require(isinstance(value, torch.optim.Optimizer), name, value, "a torch.optim.Optimizer", TypeError)
     _require(not isinstance(value, torch.optim.LBFGS), name, value, "one whose step needs no closure")
-
-
-def _check_scheduler(name, value):
-    """Raise ValueError unless `value` can be stepped as a scheduler of torch's."""
-    try:
-        fits = isinstance(value, lr_scheduler.LRScheduler) or inspect.signature(value.step).bind()
-    except (AttributeError, TypeError):  # no `step`, or one that needs an argument
-        fits = False
-    _require(fits, name, value, "one of torch's, or one with a step() like theirs,")
 
 
 def _check_images(model, inputs):
@@ -1978,26 +1938,13 @@ def _check_images(model, inputs):
     _require(fits, "shape of images", shape, "N×3×H×W with sides of 16 or more")
 
 
-def _number_of(name, values):
-    """The number of `values`; raises ValueError unless there are some."""
-    number = len(values) if hasattr(values, "__len__") and getattr(values, "ndim", 1) else 0
-    _require(number, name, values, "a list with something in it")
-    return number
-
-
 def _as_labels(name, labels, number, classes):
     """`labels` as an int64 tensor on the CPU; raises unless they are `number` of them, each an index of `classes`."""
-    _require(isinstance(classes, (list, tuple, range)) and classes, "classes", classes, "a list of names")
-    try:
-        found = np.asarray(labels.cpu() if isinstance(labels, torch.Tensor) else labels)
-        fits = found.ndim == 1 and (not found.size or found.dtype.kind in "iu")
-    except (TypeError, ValueError):  # lists of different lengths, say
-        fits = False
-    _require(fits, name, labels, "a list of whole numbers")
+    found = np.asarray(labels.cpu() if isinstance(labels, torch.Tensor) else labels)
+    _require(found.ndim == 1 and found.dtype.kind in "iu", name, labels, "a list of whole numbers")
     _require(len(found) == number, f"number of {name}", len(found), f"one for each of the {number}")
-    wrong = found[(found < 0) | (found >= len(classes))].tolist()
-    if wrong:
-        raise ValueError(f"one of {name}={wrong[0]}: an index from 0 to {len(classes) - 1} is needed")
+    for label in (found.min().item(), found.max().item()):
+        _require(0 <= label < len(classes), f"one of {name}", label, f"an index from 0 to {len(classes) - 1}")
     return torch.from_numpy(found.astype(np.int64))
 
 
@@ -2006,32 +1953,42 @@ def _first_line(error):
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-_PATH = _must(lambda value: isinstance(value, (str, os.PathLike)), "a path")
-_TRUE_OR_FALSE = _must(lambda value: isinstance(value, (bool, np.bool_, int)), "True or False")
-_PAIR = _must(lambda value: isinstance(value, (tuple, list)) and len(value) == 2, "a pair (train, test)")
+_LIST = (list, tuple)
 _CHECKS = {  # of arguments, by name, which means the same in every function; first those of one function
-    "model_summary.device": lambda name, value: None,
+    "model_summary.device": _must(object, "anything"),
     "seed_everything.seed": _number(int, 0, 2**32 - 1),
-    **dict.fromkeys(("dataset", "start_cnn.data_loader"), _PAIR),
-    **dict.fromkeys(("batch_size", "columns", "count", "epochs", "fm_size", "num_train", "num_test"), _number(int)),
-    "step_size": _number(int),
-    "scheduler_interval": _must(lambda value: value in ("epoch", "batch"), "'epoch' or 'batch'", ValueError),
+    "to_normalize.mean": _per_channel("a finite number for each channel", -math.inf, range(1, 999)),
+    "to_normalize.std": _per_channel("a finite number above 0 for each channel", 0, range(1, 999)),
+    "dataset start_cnn.data_loader": _must(lambda it: isinstance(it, _LIST) and len(it) == 2, "a pair (train, test)"),
     "seed": _number(int, 0, 2**63 - 1),
+    "batch_size columns count epochs fm_size num_train num_test step_size": _number(int),
     "lr": _number(float, sys.float_info.min),
-    **dict.fromkeys(("momentum", "label_smoothing"), _number(float, 0, 1)),
+    "momentum label_smoothing": _number(float, 0, 1),
     "target_accuracy": _number(float, 1, 100),
-    "augment": _must(lambda value: isinstance(value, (bool, np.bool_)), "True or False"),
-    **dict.fromkeys(("deterministic", "download", "progress", "resume", "tta"), _TRUE_OR_FALSE),
-    **dict.fromkeys(("path", "checkpoint_path", "root"), _PATH),
-    **dict.fromkeys(("folder", "filename"), _must(lambda value: isinstance(value, str), "a name")),
-    "model": _must(lambda value: isinstance(value, nn.Module), "a torch.nn.Module (an instance, not its class)"),
+    "mean": _per_channel("a finite number for each of 3 channels", -math.inf, (3,)),
+    "std": _per_channel("a finite number above 0 for each of 3 channels", 0, (3,)),
+    "augment": _must((bool, np.bool_), "True or False"),
+    "deterministic download progress resume tta": _must((int, np.bool_), "True or False"),
+    "path checkpoint_path root": _must((str, os.PathLike), "a path"),
+    "folder filename": _must(str, "a name"),
+    "args": _must(lambda it: all(map(callable, it)), "a list of transforms, each something to call with an image,"),
+    "mirrors": _must(lambda it: isinstance(it, _LIST) and all(isinstance(url, str) for url in it), "a list of URLs"),
+    "images": _must(lambda it: np.ndim(it[0]) == 3 and len({*map(np.shape, it)}) == 1, "images of a size", ValueError),
+    "labels": _must(len, "a list with something in it", ValueError),
+    "classes": _must(lambda it: isinstance(it, (*_LIST, range)) and it, "a list of names", ValueError),
+    "device": _must(lambda it: torch.ones(1, device=torch.device(it)).item(), "a device of this machine", ValueError),
+    "model": _must(nn.Module, "a torch.nn.Module (an instance, not its class)"),
+    "data_loader": _must(Iterable, "an iterable of batches"),
+    "loss_fn": _must(lambda it: callable(it) and not isinstance(it, type), "a function of logits and labels"),
     "optimizer": _check_optimizer,
-    "scheduler": _check_scheduler,
-    "loss_fn": _must(lambda value: callable(value) and not isinstance(value, type), "a function of logits and labels"),
-    "mirrors": _must(lambda value: isinstance(value, (list, tuple)) and {*map(type, value)} <= {str}, "a list of URLs"),
-    "data_loader": _must(lambda value: isinstance(value, Iterable), "an iterable of batches"),
-    "device": _check_device,
+    "scheduler": _must(
+        lambda it: isinstance(it, lr_scheduler.LRScheduler) or inspect.signature(it.step).bind(),
+        "one of torch's, or one with a step() like theirs,",
+        ValueError,
+    ),
+    "scheduler_interval": _must(lambda it: it in ("epoch", "batch"), "'epoch' or 'batch'", ValueError),
 }
+_CHECKS = {name: check for names, check in _CHECKS.items() for name in names.split()}
 
 
 def _checked(function):
@@ -2060,7 +2017,7 @@ test_cnn.__test__ = False  # not one of pytest's, even if a test file imports ev
 
 
 def _parse(arguments):
-    """The command line's options."""
+    """The command line's options; raises ValueError for a number or a device that is no good."""
     about = "Train small convolutional networks on CIFAR-10; by default dilated-depthwise, to 80% on its test images."
     status = "0 trained as announced; 1 target missed, or loss diverged; 2 wrong option, or no data; 130 interrupted"
     parser = argparse.ArgumentParser("velasoka", description=about, epilog=f"Exit status: {status} (checkpoint kept).")
@@ -2075,9 +2032,7 @@ def _parse(arguments):
     add("--batch-size", type=int, default=_BATCH_SIZE, metavar="N", help="default: %(default)s")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     add("--seed", type=int, default=SEED, metavar="N", help="default: %(default)s")
-    add(
-        "--checkpoint", type=_path, metavar="FILE", help="after every epoch, write everything the run needs to continue"
-    )
+    add("--checkpoint", type=_path, metavar="FILE", help="after every epoch, write all that the run needs to continue")
     add("--resume", action="store_true", help="continue from --checkpoint, if that file exists")
     add("--save", type=_path, metavar="FILE", help="write the trained weights, for load_model")
     add("--version", action="version", version=__version__)
@@ -2092,12 +2047,9 @@ def _parse(arguments):
             parser.error(f"{path}: cannot be written")
     checks = {name: _CHECKS[name] for name in ("epochs", "batch_size", "device")}
     checks |= {"seed": _CHECKS["seed_everything.seed"], "target": _CHECKS["target_accuracy"]}
-    try:
-        for name, check in checks.items():
-            if getattr(options, name) is not None:
-                check(f"--{name.replace('_', '-')}", getattr(options, name))
-    except ValueError as error:
-        parser.error(str(error))
+    for name, check in checks.items():
+        if getattr(options, name) is not None:
+            check(f"--{name.replace('_', '-')}", getattr(options, name))
     options.target = options.target or (80.0 if options.epochs is None else None)
     options.epochs = options.epochs or 1
     return options
@@ -2105,10 +2057,18 @@ def _parse(arguments):
 
 def _main(arguments=None):
     """The command line: train what the options ask for, say how it went, give the exit status."""
-    options = _parse(arguments)
     warnings.showwarning = lambda message, *_: print(f"velasoka: {message}", file=sys.stderr)
     try:
-        dataset = _dataset(options)
+        options = _parse(arguments)
+        try:
+            dataset = (
+                get_synthetic_dataset() if options.synthetic else get_cifar10_dataset(root=options.data or "./data")
+            )
+        except OSError as error:  # no source delivers, or ./data cannot be written
+            if options.data:
+                raise
+            print(f"{error}\nContinuing with synthetic pictures: what follows is not CIFAR-10.")
+            dataset = get_synthetic_dataset()
         names = MODELS if options.model == "all" else [options.model]
         return max([_train(name, dataset, options) for name in names])
     except KeyboardInterrupt:
@@ -2119,24 +2079,11 @@ def _main(arguments=None):
         return 2
 
 
-def _dataset(options):
-    """The data that the options ask for; if they ask for none and CIFAR-10 is unavailable, drawn pictures."""
-    if not options.synthetic:
-        try:
-            return get_cifar10_dataset(root=options.data or "./data")
-        except OSError as error:  # no source delivers, or ./data cannot be written
-            if options.data:
-                raise
-            print(f"{error}\nContinuing with synthetic pictures: what follows is not CIFAR-10.")
-    return get_synthetic_dataset()
-
-
 def _train(name, dataset, options):
     """Train one model as the options say and print how it ended; 0 where that is as announced, else 1."""
     seed_everything(options.seed)
     model, device = MODELS[name](), torch.device(options.device or get_available_device())
-    title = name + dataset[0]._suffix
-    view = receptive_field(model)[-1]["receptive_field"]
+    title, view = name + dataset[0]._suffix, receptive_field(model)[-1]["receptive_field"]
     print(f"{title}: {count_parameters(model):,} parameters, receptive field {view}, on {device}")
     loaders = get_cifar10_data_loader(dataset, options.batch_size, device=device, seed=options.seed)
     suffix = f"-{name}" if options.model == "all" else ""  # or one model's files would replace another's
