@@ -1351,12 +1351,15 @@ def _read_image_folders(root, split):
     return np.stack(images), [CIFAR10_CLASSES.index(path.parent.name) for path in files]
 
 
-def _arrays_of(dataset):
-    """Images (uint8 N×H×W×3), labels, mean, std and suffix of `dataset`; a `Subset` is followed back to its source."""
+def _arrays_of(dataset, used=None):
+    """Images (uint8 N×H×W×3), labels, mean, std and suffix of `dataset`; a `Subset` is followed back to its source.
+
+    Raises ValueError if the items (those at the indices `used`) are not what these make.
+    """
     if type(dataset) is Subset:
-        images, labels, *rest = _arrays_of(dataset.dataset)
         _require(len(dataset), "dataset", dataset.indices, "a Subset with images")
         chosen = torch.as_tensor(dataset.indices).long()
+        images, labels, *rest = _arrays_of(dataset.dataset, chosen if used is None else chosen[used])
         return images[chosen], labels[chosen], *rest
     if not hasattr(dataset, "data") or not hasattr(dataset, "targets"):
         raise TypeError(f"dataset: {type(dataset).__name__} has no .data and .targets; {_WAY_OUT}")
@@ -1366,8 +1369,10 @@ def _arrays_of(dataset):
     labels = _as_labels("dataset.targets", dataset.targets, len(images), classes)
     mean, std = (torch.as_tensor(each, dtype=torch.float32) for each in _normalization(dataset))
     is_known = getattr(type(dataset), "__getitem__", None) in (_ArrayDataset.__getitem__, datasets.CIFAR10.__getitem__)
-    step = len(images) // 3 + 1 if is_known else 1  # what a foreign one does to its items shows only in all of them
-    for index in range(0, len(images), step) if hasattr(dataset, "__getitem__") else ():
+    used = range(len(images)) if used is None else used.tolist()
+    used = used[:: len(used) // 3 + 1] if is_known else used  # what a foreign one does shows only in all of them
+    bar = tqdm(used, "Comparing the items of dataset with its .data", delay=2, leave=False, file=sys.stdout)
+    for index in bar if hasattr(dataset, "__getitem__") else ():
         with suppress(TypeError, ValueError, RuntimeError):  # of an item that is no image with its label
             image, label = dataset[index] if len(dataset) == len(images) else ()
             image = image if isinstance(image, torch.Tensor) else to_tensor()(image)
@@ -1963,6 +1968,8 @@ _CHECKS = {  # of arguments, by name, which means the same in every function; fi
     "seed": _number(int, 0, 2**63 - 1),
     "batch_size columns count epochs fm_size num_train num_test step_size": _number(int),
     "lr": _number(float, sys.float_info.min),
+    "gamma": _number(float, 0),
+    "milestone": _must(lambda it: all(epoch > 0 for epoch in it), "a list of epochs", ValueError),
     "momentum label_smoothing": _number(float, 0, 1),
     "target_accuracy": _number(float, 1, 100),
     "mean": _per_channel("a finite number for each of 3 channels", -math.inf, (3,)),
@@ -1997,7 +2004,11 @@ def _checked(function):
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError:
+            return function(*args, **kwargs)  # whose own error has its name
+        for name, value in given.items():
             check = _CHECKS.get(f"{function.__name__}.{name}") or _CHECKS.get(name)
             if check and (value is not None or signature.parameters[name].default is not None):
                 check(name, value)

@@ -263,7 +263,7 @@ def test_drawing_batches_leaves_the_global_generators_alone(pictures, device):
 def test_a_loaders_data_set_can_be_gone_through_and_read_by_workers(pictures):
     dataset = velasoka.get_cifar10_data_loader(pictures, 32, device="cpu")[0].dataset
     assert len(list(dataset)) == 200
-    by_workers = DataLoader(dataset, 50, num_workers=2, collate_fn=tuple, multiprocessing_context="fork")
+    by_workers = DataLoader(dataset, 50, num_workers=2, multiprocessing_context="fork")
     one, another = epoch(by_workers), epoch(by_workers)
     assert one[1].tolist() == another[1].tolist() == pictures[0].targets
     assert not torch.equal(one[0], another[0])  # augmented anew
