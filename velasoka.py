@@ -1664,10 +1664,8 @@ class _ViewTracer(TorchFunctionMode):
         if name.endswith("_like") or name.startswith("new_"):  # only the form of what they are given
             return output
         given = args[:1] if name in ("to", "type_as", "view_as", "expand_as") else (args, kwargs)
-        given, outputs = (
-            [leaf for leaf in tree_leaves(each) if isinstance(leaf, torch.Tensor)] for each in (given, output)
-        )
-        inputs = [tensor.seen for tensor in given if hasattr(tensor, "seen")]
+        inputs = [leaf.seen for leaf in tree_leaves(given) if hasattr(leaf, "seen")]
+        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
         if inputs and outputs:
             seen = self.step(name, args, kwargs, np.stack(inputs), outputs[0])
             for tensor in outputs:
@@ -1678,27 +1676,19 @@ class _ViewTracer(TorchFunctionMode):
         """What `output` sees; adds a row if that is more, or moves further, than the `inputs` do."""
         field = inputs[:, 0].max(0)  # where branches meet, the larger
         _, jump, size = inputs[inputs[:, 2].prod(1).argmax()]  # where a map meets a number, the map's
-        shape, is_kept = tuple(output.shape), output.ndim == 3 or bool(_extents(output, size))
-        new_size = size if is_kept and function not in _WINDOWED else np.array(shape[-2:] if len(shape) > 3 else (1, 1))
         if (size == 1).all() and function not in _WINDOWED:  # spread over a map, it is still one cell
             return np.array([field, jump, size])
-        kernel = stride = dilation = np.ones(2, int)
-        layer, followed = function if self.layer is None else self.layer, function not in (*_MOVING, *_ATTENTION)
-        if function in _WINDOWED:
-            given = dict(zip(_WINDOWED[function], args, strict=False)) | kwargs
-            sizes = given["weight"].shape[2:] if "weight" in given else given["kernel_size"]
-            steps = given.get("stride") or (1 if "weight" in given else sizes)
-            kernel, stride, dilation = (np.broadcast_to(each, 2) for each in (sizes, steps, given.get("dilation", 1)))
-        elif function in _POOLING or len(shape) < 3:  # each cell sees the same share of all there is
-            stride = size // new_size
-            kernel = size - (new_size - 1) * stride
-            followed = not (size % new_size).any()
-        elif function == "__getitem__":
-            index = args[1] if isinstance(args[1], tuple) else args[1:]
-            index = index if index[0] is ... else index[2:]  # of rows and columns
-            followed = not any(isinstance(each, (torch.Tensor, list)) for each in index)
+        is_kept = function not in _WINDOWED and (output.ndim == 3 or _extents(output, size))
+        new_size = size if is_kept else np.array(output.shape[-2:] if output.ndim > 3 else (1, 1))
+        layer = function if self.layer is None else self.layer
+        is_pooling = function in _POOLING or output.ndim < 3
+        kernel, stride, dilation = _window_of(function, args, kwargs, is_pooling, size, new_size)
         seen = np.array([field + (kernel - 1) * dilation * jump, jump * stride, new_size])
-        followed &= bool(kernel.max() > 1 or stride.max() > 1 or function == "pad" or (new_size == size).all())
+        followed = not _moves(function, args)
+        if is_pooling:
+            followed = not (size % new_size).any()
+        elif function not in (*_WINDOWED, "pad"):
+            followed &= bool((new_size == size).all())
         if not self.lost and function != "pad" and (extents := _extents(output, new_size)):
             followed &= bool((np.ceil((seen[0] + (0, 1)) / seen[1]) >= extents).all(1).any())
         self.lost += [] if followed else [layer]
@@ -1713,6 +1703,29 @@ class _ViewTracer(TorchFunctionMode):
         self.field = field
 
 
+def _window_of(function, args, kwargs, is_pooling, size, new_size):
+    """The sides of kernel, stride and dilation with which `function` makes a map of `new_size` from one of `size`."""
+    ones = np.ones(2, int)
+    if function in _WINDOWED:
+        given = dict(zip(_WINDOWED[function], args, strict=False)) | kwargs
+        sizes = given["weight"].shape[2:] if "weight" in given else given["kernel_size"]
+        steps = given.get("stride") or (1 if "weight" in given else sizes)
+        return [np.broadcast_to(each, 2) for each in (sizes, steps, given.get("dilation", 1))]
+    if is_pooling:  # each cell sees the same share of all there is
+        stride = np.maximum(1, size // new_size)
+        return size - (new_size - 1) * stride, stride, ones
+    return ones, ones, ones
+
+
+def _moves(function, args):
+    """Whether `function` brings cells to places that cannot be followed."""
+    if function == "__getitem__":
+        index = args[1] if isinstance(args[1], tuple) else args[1:]
+        index = index if index[0] is ... else index[2:]  # of rows and columns
+        return any(isinstance(each, (torch.Tensor, list)) for each in index)
+    return function in (*_MOVING, *_ATTENTION)
+
+
 def _extents(tensor, size):
     """How many rows and columns of a map of `size` have NaN in `tensor`, for each way in which it can be laid out."""
     nan, (height, width), maps = tensor.isnan(), size, []
@@ -1721,9 +1734,7 @@ def _extents(tensor, size):
     if tensor.ndim > 3 and tensor.shape[1:3] == (height, width):  # N×H×W×C
         maps.append(nan.flatten(3).any(3).any(0))
     if tensor.ndim == 3:  # N×HW×C or N×C×HW
-        maps += [
-            nan.any(3 - dim).any(0).reshape(height, width) for dim in (1, 2) if tensor.shape[dim] == height * width
-        ]
+        maps += [nan.any(3 - i).any(0).reshape(height, width) for i in (1, 2) if tensor.shape[i] == height * width]
     sides = [[cells.any(1 - side).nonzero() for side in (0, 1)] for cells in maps]
     return [[int(side.max() - side.min()) + 1 if len(side) else 0 for side in pair] for pair in sides]
 
