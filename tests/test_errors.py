@@ -10,7 +10,6 @@ from conftest import BATCHES, Breaking, linear_model, tiny_run, weights_of
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-
 EXITED = "DataLoader worker (pid(s) 7) exited unexpectedly"
 KILLED = "DataLoader worker (pid 7) is killed by signal: "
 
