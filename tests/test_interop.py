@@ -268,40 +268,34 @@ def test_albumentations_transform_is_refused_naming_the_way_out(pictures):
 # --- The course's next notebook --------------------------------------------------------------------------------------
 
 
-def convolution(inside, outside, side, stride=1):
-    convolution = nn.Conv2d(inside, outside, side, stride, padding=side // 2, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(outside))
+def conv(inside, outside, side, stride=1):
+    layer = nn.Conv2d(inside, outside, side, stride, padding=side // 2, bias=False)
+    return nn.Sequential(layer, nn.BatchNorm2d(outside))
 
 
 class BasicBlock(nn.Module):
     def __init__(self, inside, outside, stride):
         super().__init__()
-        self.one, self.two = convolution(inside, outside, 3, stride), convolution(outside, outside, 3)
-        self.shortcut = convolution(inside, outside, 1, stride) if inside != outside else nn.Sequential()
+        self.layers = nn.Sequential(conv(inside, outside, 3, stride), nn.ReLU(), conv(outside, outside, 3))
+        self.shortcut = conv(inside, outside, 1, stride) if inside != outside else nn.Sequential()
 
     def forward(self, x):
-        out = self.two(F.relu(self.one(x)))
+        out = self.layers(x)
         out += self.shortcut(x)
         return F.relu(out)
 
 
-class ResNet18(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.first, blocks, inside = convolution(3, width, 3), [], width
-        for outside in (width, 2 * width, 4 * width, 8 * width):
-            blocks += [BasicBlock(inside, outside, outside // inside), BasicBlock(outside, outside, 1)]
-            inside = outside
-        self.blocks, self.linear = nn.Sequential(*blocks), nn.Linear(inside, 10)
-
-    def forward(self, x):
-        out = F.avg_pool2d(self.blocks(F.relu(self.first(x))), 4)
-        return self.linear(out.view(out.size(0), -1))
+def resnet18(width):
+    layers, inside = [conv(3, width, 3), nn.ReLU()], width
+    for outside in (width, 2 * width, 4 * width, 8 * width):
+        layers += [BasicBlock(inside, outside, outside // inside), BasicBlock(outside, outside, 1)]
+        inside = outside
+    return nn.Sequential(*layers, nn.AvgPool2d(4), nn.Flatten(), nn.Linear(inside, 10))
 
 
 def test_next_notebook(pictures, device, capsys):
     data_loader = velasoka.get_cifar10_data_loader(dataset=pictures, batch_size=20)  # ten batches an epoch
-    model = ResNet18(width=4).to(device)
+    model = resnet18(width=4).to(device)
     velasoka.model_summary(model=model, input_size=(3, 32, 32), device=device)
     optimizer = velasoka.get_sgd_optimizer(model=model, lr=0.01, momentum=0.9)
     loss_fn = velasoka.get_ce_loss()
