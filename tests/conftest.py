@@ -147,8 +147,9 @@ BATCHES = random_batches()  # three
 
 
 def linear_model():
+    """One that learns the random batches, but within ten epochs not so well that its gradients vanish."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    return nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(192, 10))
 
 
 def conv_model(*more):

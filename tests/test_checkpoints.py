@@ -274,10 +274,10 @@ def test_load_model_takes_the_best_weights_from_a_checkpoint(scripted):
 
 def test_load_model_takes_the_weights_from_a_checkpoint_without_an_epoch():
     model = linear_model()
-    nn.init.ones_(model[1].weight)
+    nn.init.ones_(model[-1].weight)
     with pytest.warns(UserWarning, match="interrupted"):
         tiny_run(model, loaders=(interrupted_at(1), BATCHES), **KEEP)
-    assert (velasoka.load_model(linear_model(), "run.pt")[1].weight == 1).all()
+    assert (velasoka.load_model(linear_model(), "run.pt")[-1].weight == 1).all()
 
 
 @pytest.mark.parametrize("change", [{"best": 3}, {"best": None, "model": None}])
@@ -322,10 +322,8 @@ def test_weights_pass_between_a_plain_model_and_a_wrapped_one(wrap):
 
 @pytest.mark.parametrize("wrap", [lambda model: model, WRAPS["both"]], ids=["plain", "both"])
 def test_names_of_the_models_own_that_look_like_a_wrappers_are_kept(wrap):
-    def model():
-        return nn.ModuleDict({"module": nn.Linear(2, 2), "weight": nn.Linear(2, 2)})
-
-    one, other = model(), model()
+    one, other = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    one.module, other.module = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
     velasoka.save_model(wrap(one), "net.pt")
     assert torch.equal(weights_of(velasoka.load_model(other, "net.pt")), weights_of(one))
 

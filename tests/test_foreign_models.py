@@ -242,7 +242,7 @@ def test_under_other_defaults_the_field_is_the_same(dtype, where, own_defaults, 
 TUPLES = {
     "LSTM": lambda: nn.Sequential(Then(lambda x: x.mean(1)), nn.LSTM(32, 4), Then(lambda parts: parts[0][:, -1])),
     "a dict inside": lambda: conv_model(Then(lambda x: {"out": x}), Then(lambda parts: parts["out"])),
-    "a list of dicts of tuples": lambda: conv_model(Then(lambda x: [{"out": (x,)}])),
+    "a list of dicts of tuples": lambda: conv_model(Then(lambda x: [{"out": (x, x.mean((2, 3)))}])),
 }
 
 
@@ -331,6 +331,31 @@ def test_muon_keeps_the_norm_of_the_first_step_through_its_state_dict(classifier
     assert [classifier[index].weight.norm().item() for index in (0, 3)] == pytest.approx(norms, rel=0.03)
 
 
+@pytest.mark.parametrize("is_new", [True, False])
+def test_muon_brings_filters_of_a_new_model_to_the_norm_that_batch_norms_expect(is_new, model, device):
+    model.to(device)
+    model.c1[1].num_batches_tracked.fill_(0 if is_new else 1)
+    norm = model.c2[0].weight.norm().item()
+    velasoka.train_cnn(
+        model, BATCHES, nn.CrossEntropyLoss(), velasoka.get_muon_optimizer(model, lr=1e-3), device, **QUIET
+    )
+    expected = len(model.c2[0].weight) ** 0.5 if is_new else norm
+    assert norm != pytest.approx(len(model.c2[0].weight) ** 0.5, rel=0.1)
+    assert model.c2[0].weight.norm().item() == pytest.approx(expected, rel=0.02)
+
+
+def test_muon_turns_filters_by_the_same_angle_whatever_their_norm(classifier):
+    weight, turns = classifier[0].weight, []
+    weight.grad = torch.randn_like(weight)
+    for factor in (1, 7):
+        with torch.no_grad():
+            weight.mul_(factor)
+        old = weight.detach().clone()
+        velasoka.get_muon_optimizer(classifier, lr=0.01).step()
+        turns.append(((weight - old).norm() / old.norm()).item())
+    assert turns[1] == pytest.approx(turns[0], rel=0.05)
+
+
 def test_muon_moves_filters_that_begin_at_zero(classifier):
     nn.init.zeros_(classifier[3].weight)
     optimizer = velasoka.get_muon_optimizer(classifier, lr=0.01)
@@ -382,15 +407,14 @@ def convolution(rng, stride=1):
 
 def branch(rng, stride):
     """One of five ways that keep the side, or halve it with stride 2."""
-    return rng.choice(
-        [
-            lambda: nn.Sequential(convolution(rng, stride), nn.BatchNorm2d(2), nn.ReLU()),
-            lambda: nn.Sequential(convolution(rng), convolution(rng, stride)),
-            lambda: nn.AvgPool2d(3, stride, padding=1),
-            lambda: Then(lambda x: F.max_pool2d(x, 3, stride, 1)),
-            lambda: nn.Conv2d(2, 2, 1, stride),
-        ]
-    )()
+    ways = (
+        nn.Sequential(convolution(rng, stride), nn.BatchNorm2d(2), nn.ReLU()),
+        nn.Sequential(convolution(rng), convolution(rng, stride)),
+        nn.AvgPool2d(3, stride, padding=1),
+        Then(lambda x: F.max_pool2d(x, 3, stride, 1)),
+        nn.Conv2d(2, 2, 1, stride),
+    )
+    return rng.choice(ways)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -428,7 +452,7 @@ def multi_head(*tokens):
 
 
 def like(x, *shape):
-    return torch.ones(*shape, dtype=x.dtype)
+    return torch.ones(*shape).to(x)
 
 
 BACKWARDS = torch.arange(30).flip(0)
@@ -452,6 +476,7 @@ NAMED = {  # in a warning
     "MultiheadAttention": lambda x: attention(x, multi_head),
     "every other row": lambda x: x[:, :, ::2],
     "rows by index": lambda x: x[:, :, BACKWARDS],
+    "columns by index": lambda x: x[..., BACKWARDS],
     "index_select": lambda x: x.index_select(2, BACKWARDS),
     "roll": lambda x: x.roll((1, 1), (2, 3)),
     "pixel_unshuffle": lambda x: F.pixel_unshuffle(x, 2),
