@@ -461,6 +461,7 @@ FOLLOWED = {  # within each cell
     "channels by index": lambda x: x[:, [3, 1, 2]],
     "ellipsis": lambda x: x[:, 1:, ...],
     "chunk": lambda x: x.chunk(2, 1)[0] * x.chunk(2, 1)[1],
+    "unbind": lambda x: torch.stack(x.unbind(1), 1),
     "shuffle": lambda x: x.view(len(x), 2, -1, *x.shape[2:]).transpose(1, 2).flatten(1, 2),
     "channel attention of one cell": lambda x: x * x.softmax(1) + x.mean(1, keepdim=True),
     "norm in NHWC": lambda x: F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2),
