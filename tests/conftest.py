@@ -143,6 +143,47 @@ def random_batches(sizes=(4, 4, 2), seed=0):
     ]
 
 
+BATCHES = random_batches()  # three
+
+
 def linear_model():
+    """One that learns the random batches, but within ten epochs not so well that its gradients vanish."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    return nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(192, 10))
+
+
+def conv_model(*more):
+    """Two convolutions with a pool between them, receptive field 8, and what is to follow them."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), *more)
+
+
+def sgd(model, lr=0.05, momentum=0.9, **options):
+    return torch.optim.SGD(model.parameters(), lr, momentum, **options)
+
+
+def tiny_run(model=None, optimizer=None, loss_fn=None, loaders=(BATCHES, BATCHES), epochs=2, **options):
+    """A run of a linear model on the CPU: its history and its model."""
+    model = model or linear_model()
+    optimizer, loss_fn = optimizer or sgd(model), loss_fn or nn.CrossEntropyLoss()
+    return velasoka.start_cnn(model, optimizer, loss_fn, loaders, "cpu", epochs, **QUIET | options), model
+
+
+def interrupted_at(batch):
+    """The three batches, with an interrupt before `batch`, counted from 0 over all epochs."""
+    return Breaking(BATCHES, KeyboardInterrupt(), batch)
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """The tests of a run give 30%, 50% and 40%, the fourth an error; this lists the weights that they see."""
+    accuracies, weights = iter([30.0, 50.0, 40.0]), []
+
+    def test_cnn(model, *_, **__):
+        weights.append(weights_of(model))
+        accuracy = next(accuracies, None)
+        if accuracy is None:
+            raise ZeroDivisionError
+        return velasoka.EpochResult(1.0, accuracy, 0, 1, 1.0)
+
+    monkeypatch.setattr(velasoka, "test_cnn", test_cnn)
+    return weights

@@ -1,12 +1,11 @@
 import copy
-import dataclasses
 import itertools
 import random
 
 import numpy as np
 import pytest
 import torch
-from conftest import QUIET, linear_model, overflowing, random_batches, train, weights_of
+from conftest import QUIET, linear_model, overflowing, random_batches, tiny_run, train, weights_of
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data.distributed import DistributedSampler
@@ -211,12 +210,8 @@ def test_trains_the_epochs_it_was_asked_for(epochs, model, loaders, device):
     assert history.test[history.best_epoch - 1].accuracy == history.best_accuracy
 
 
-def test_the_best_epoch_is_the_one_with_the_best_test_accuracy(model, loaders, device, monkeypatch):
-    accuracies = iter([30.0, 50.0, 40.0])
-    result = velasoka.EpochResult(1.0, 0.0, 0, 1, 1.0)
-    scripted = lambda *_, **__: dataclasses.replace(result, accuracy=next(accuracies))  # noqa: E731
-    monkeypatch.setattr(velasoka, "test_cnn", scripted)
-    history = train(model, loaders, device, 3)
+def test_the_best_epoch_is_the_one_with_the_best_test_accuracy(scripted):
+    history, _ = tiny_run(epochs=3)
     assert (history.best_accuracy, history.best_epoch) == (50.0, 2)
 
 
