@@ -2,26 +2,28 @@
 
 import os
 
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else its import asks the network for a newer version
+
+import accelerate
+import albumentations
+import lightning
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
+import pytorch_grad_cam
+import timm
+import timm.scheduler
 import torch
 import torch.nn.functional as F
+import torch_lr_finder
+import torchinfo
 from conftest import QUIET, train, weights_of
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import CIFAR10
 
 import velasoka
-
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else its import asks the network for a newer version
-accelerate = pytest.importorskip("accelerate")
-albumentations = pytest.importorskip("albumentations")
-lightning = pytest.importorskip("lightning")
-onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-pytorch_grad_cam = pytest.importorskip("pytorch_grad_cam")
-timm, timm_scheduler = pytest.importorskip("timm"), pytest.importorskip("timm.scheduler")
-torch_lr_finder = pytest.importorskip("torch_lr_finder")
-torchinfo = pytest.importorskip("torchinfo")
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning")  # its own affairs
 both_optimizers = pytest.mark.parametrize(
@@ -228,7 +230,7 @@ def test_timm_model_is_summarised(name, options, capsys):
 
 def test_timm_scheduler_is_refused_before_training(model, loaders, device):
     optimizer, before = velasoka.get_sgd_optimizer(model), weights_of(model)
-    scheduler = timm_scheduler.CosineLRScheduler(optimizer, t_initial=2)  # its `step` takes the number of the epoch
+    scheduler = timm.scheduler.CosineLRScheduler(optimizer, t_initial=2)  # its `step` takes the number of the epoch
     with pytest.raises(ValueError, match="CosineLRScheduler"):
         velasoka.start_cnn(model, optimizer, velasoka.get_ce_loss(), loaders, device, 2, scheduler=scheduler, **QUIET)
     assert weights_of(model).equal(before)
