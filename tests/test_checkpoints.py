@@ -24,7 +24,7 @@ from conftest import (
     weights_of,
 )
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, Sampler, Subset, TensorDataset
 
 import velasoka
@@ -85,6 +85,27 @@ class Noisy(Dataset):
         return IMAGES[index] + draw(self.rng), LABELS[index]
 
 
+class Lighter:
+    """A transform with a generator of its own."""
+
+    def __init__(self, rng):
+        self.rng = rng
+
+    def __call__(self, image):
+        return image + draw(self.rng)
+
+
+class Transformed(Dataset):
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __len__(self):
+        return len(IMAGES)
+
+    def __getitem__(self, index):
+        return self.transform(IMAGES[index]), LABELS[index]
+
+
 class Shuffled(Sampler):
     """The indices of the images in the order that a random generator gives them."""
 
@@ -105,6 +126,7 @@ GENERATORS = {
     "python": lambda: random.Random(1),
 }
 LOADERS = {
+    "transform": lambda rng: DataLoader(Transformed(Lighter(rng)), 8),
     "data set": lambda rng: DataLoader(Subset(ConcatDataset([DATA, Noisy(rng)]), range(8, 24)), 8),
     "batch sampler": lambda rng: DataLoader(DATA, batch_sampler=BatchSampler(Shuffled(rng), 8, False)),
     "sampler of batches": lambda rng: DataLoader(DATA, None, sampler=BatchSampler(Shuffled(rng), 8, False)),
@@ -150,9 +172,11 @@ def own(seed=1, labels=range(10)):
     return velasoka.get_cifar10_data_loader((train, test), 8, device="cpu")[0]
 
 
-def run_of(make_optimizer=sgd, loss_fn=None, train=BATCHES, test=BATCHES, model=None, **settings):
+def run_of(make_optimizer=sgd, loss_fn=None, train=BATCHES, test=BATCHES, model=None, halve=False, **settings):
     model = model or linear_model()
-    return tiny_run(model, make_optimizer(model, **settings), loss_fn, (train, test), 1, **RESUME)[0]
+    optimizer = make_optimizer(model, **settings)
+    scheduler = StepLR(optimizer, 1, 0.5) if halve else None
+    return tiny_run(model, optimizer, loss_fn, (train, test), 1, scheduler=scheduler, **RESUME)[0]
 
 
 def adam(model, **settings):
@@ -162,6 +186,7 @@ def adam(model, **settings):
 OTHERS = {  # two runs, and what names their difference
     "weight decay": ({}, {"weight_decay": 5e-4}, "weight_decay"),
     "momentum": ({}, {"momentum": 0.8}, "momentum"),
+    "momentum under a scheduler": ({"halve": True}, {"halve": True, "momentum": 0.8}, "momentum"),
     "nesterov": ({}, {"nesterov": True}, "nesterov"),
     "betas": ({"make_optimizer": adam}, {"make_optimizer": adam, "betas": (0.9, 0.99)}, "betas"),
     "smoothing": ({}, {"loss_fn": nn.CrossEntropyLoss(label_smoothing=0.2)}, "label_smoothing"),
@@ -185,6 +210,33 @@ def test_another_setting_or_other_data_is_refused_in_one_line_that_names_it(what
     assert torch.equal(weights_of(model), weights_of(linear_model()))
     assert Path("run.pt").read_bytes() == content
     assert run_of(**before).status == "completed"  # the same fits
+
+
+def test_a_run_is_resumed_with_the_objects_that_it_had():
+    model = linear_model()
+    optimizer = sgd(model)
+    options = {"scheduler": ReduceLROnPlateau(optimizer, patience=0, threshold=10.0)}  # lowers the rate each epoch
+    with pytest.warns(UserWarning, match="interrupted in epoch 3"):
+        tiny_run(model, optimizer, loaders=(interrupted_at(7), BATCHES), epochs=3, **options, **KEEP)
+    assert tiny_run(model, optimizer, epochs=3, **options, **RESUME)[0].status == "completed"
+
+
+@pytest.mark.parametrize("name", ["data", "images", "targets", "labels", "indices", "tensors"])
+@pytest.mark.parametrize("value", [{1: 2}, None, 5, [BATCHES], threading.Lock()])
+def test_a_data_set_may_hold_anything_under_a_usual_name(name, value):
+    loader = DataLoader(DATA, 8)
+    loader.dataset.__dict__ |= {"mark": value}
+    loader.sampler.__dict__[name] = value
+    assert tiny_run(loaders=(loader, BATCHES), epochs=1, **KEEP)[0].status == "completed"
+
+
+def test_a_scheduler_without_a_state_is_said_to_give_no_checkpoint():
+    class Bare:
+        def step(self):
+            pass
+
+    with pytest.warns(UserWarning, match=r"^run\.pt: checkpoint not written \([^\n]*state_dict[^\n]*$"):
+        assert tiny_run(scheduler=Bare(), **KEEP)[0].status == "completed"
 
 
 def test_a_file_already_there_is_said_to_be_replaced():

@@ -72,6 +72,17 @@ class Faulty(Dataset):
             return torch.ones(3, 32, 32) * float(np.float64(1) / (index - 2)), 0
 
 
+class Closed(Exception):  # noqa: N818
+    """An error that takes no history."""
+
+    history = property()
+
+
+def test_an_error_that_takes_no_attributes_is_raised_as_it_is():
+    with pytest.warns(UserWarning, match="epoch 1"), pytest.raises(Closed):
+        run_with(Closed(), "train")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot fork")
 def test_a_division_by_zero_in_a_worker_is_no_divergence():
     loader = DataLoader(Faulty(), 2, num_workers=1, multiprocessing_context="fork")

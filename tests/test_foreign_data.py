@@ -1,6 +1,7 @@
 """Data sets, loaders and losses that users bring: used as they are meant, or refused in one line."""
 
 import itertools
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -204,15 +205,18 @@ def test_a_loader_of_the_length_it_says_or_of_none_is_no_reason_to_warn():
 # --- A loss that is a sum ---
 
 
-def epoch(reduction, lr, sizes):
+def epoch(reduction, lr, sizes, kind="module"):
     """An epoch of a linear model: its mean loss and the weights after it."""
     model = linear_model()
-    loss_fn, optimizer = nn.CrossEntropyLoss(reduction=reduction), sgd(model, lr, momentum=0)
+    kinds = {"module": nn.CrossEntropyLoss, "partial": partial(partial, F.cross_entropy)}
+    loss_fn = kinds[kind](reduction=reduction)
+    optimizer = sgd(model, lr, momentum=0)
     return velasoka.train_cnn(model, random_batches(sizes), loss_fn, optimizer, "cpu", **QUIET).loss, weights_of(model)
 
 
-def test_a_loss_that_is_a_sum_is_reported_as_the_mean_per_image():
-    assert epoch("sum", 0.0, (4, 4, 2))[0] == pytest.approx(epoch("mean", 0.0, (4, 4, 2))[0], rel=1e-4)
+@pytest.mark.parametrize("kind", ["module", "partial"])
+def test_a_loss_that_is_a_sum_is_reported_as_the_mean_per_image(kind):
+    assert epoch("sum", 0.0, (4, 4, 2), kind)[0] == pytest.approx(epoch("mean", 0.0, (4, 4, 2))[0], rel=1e-4)
 
 
 def test_a_loss_that_is_a_sum_trains_as_one():

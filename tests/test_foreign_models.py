@@ -468,8 +468,12 @@ FOLLOWED = {  # within each cell
     "linear in NHWC": lambda x: F.linear(x.permute(0, 2, 3, 1), like(x, 4, x.shape[1])).permute(0, 3, 1, 2),
     "constant beside it": lambda x: torch.cat([x, torch.zeros_like(x)], 1),
     "one more dimension": lambda x: x.unsqueeze(2).squeeze(2)[None][0],
+    "reflected border": lambda x: F.avg_pool2d(F.pad(x, (14, 14, 14, 14), mode="reflect"), 29, 1),
+    "channel attention": lambda x: x * x.mean((2, 3))[:, :, None, None].expand_as(x),
+    "spread over a map": lambda x: torch.cat([F.interpolate(F.adaptive_avg_pool2d(x, 1), x.shape[2:]), x], 1),
 }
 NAMED = {  # in a warning
+    "NumPy": lambda x: torch.from_numpy(x.numpy()),
     "transposed": lambda x: F.conv_transpose2d(x, like(x, x.shape[1], 4, 2, 2), stride=2),
     "transposed, same size": lambda x: F.conv_transpose2d(x, like(x, x.shape[1], 4, 3, 3), padding=1),
     "interpolate": lambda x: F.interpolate(x, size=(15, 15), mode="bilinear"),
@@ -506,6 +510,20 @@ def test_a_step_is_followed_rightly_or_named_in_a_warning(step, width):
     assert bool(warned) == (step in NAMED) or step in EITHER
     if not warned:
         assert tuple(min(side, 32) for side in field) == tuple(measured(model, (3, 32, 32), axis) for axis in (1, 2))
+
+
+def test_a_compiled_model_has_the_field_of_the_plain_one(capsys):
+    compiled = torch.compile(conv_model(), backend="eager")
+    assert calculated(compiled) == calculated(conv_model())
+    velasoka.model_summary(compiled, (3, 32, 32))
+    assert "Receptive field: 8" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_model_shows_nothing_of_its_inside_which_is_said():
+    traced = torch.jit.trace(conv_model(), torch.zeros(1, 3, 32, 32))
+    with pytest.warns(UserWarning, match="leaves out the output"):
+        assert velasoka.receptive_field(traced) == []
 
 
 @pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "densenet121", "efficientnet_b0"])
