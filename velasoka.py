@@ -880,7 +880,7 @@ class _Run:
         if history.status == "failed":
             with suppress(Exception):  # some errors take no attributes
                 error.history = history
-            why += f"; the model has the weights of epoch {history.best_epoch}, the error these results as its .history"
+            why += f"; the model has the weights of epoch {history.best_epoch}, the error has the results as .history"
         if history.status != "failed" or history.test:
             epoch = min(len(history.test) + 1, self.epochs)
             warnings.warn(f"{history.status} in epoch {epoch} of {self.epochs}{why}", stacklevel=6)
@@ -941,10 +941,8 @@ class _Run:
 
     def default_schedule(self, num_steps):
         """The schedule of a run without one; its peak is the learning rate that the optimiser has now."""
-        groups = self.optimizer.param_groups
-        names = "lr", "initial_lr"
-        self.rates = [copy.deepcopy({name: group[name] for name in names if name in group}) for group in groups]
-        for group in groups:
+        for group in self.optimizer.param_groups:
+            self.rates.append(copy.deepcopy({name: group[name] for name in ("lr", "initial_lr") if name in group}))
             group.pop("initial_lr", None)  # of an earlier scheduler
         return _triangular_schedule(self.optimizer, max(1, num_steps))
 
@@ -1021,16 +1019,11 @@ class _Run:
         """Write everything the run needs to continue."""
         content = {"fingerprint": self.fingerprint, "history": asdict(self.history), "best": self.best}
         content["random"] = {name: get_state() for name, (get_state, _) in self.random_states().items()}
+        content["schedule_lag"] = getattr(self.scaler, "schedule_lag", 0)
         try:
             content |= {name: component.state_dict() for name, component in self.components.items()}
             _write(_plain(content), self.path)
-        except (
-            OSError,
-            AttributeError,
-            TypeError,
-            ValueError,
-            pickle.PicklingError,
-        ) as error:  # also of a scheduler's state
+        except Exception as error:  # the disk may be full, a scheduler may hold what no file takes
             why = _first_line(error).removeprefix(f"{self.path}: ")
             warnings.warn(f"{self.path}: checkpoint not written ({why}); training continues", stacklevel=5)
 
@@ -1051,6 +1044,7 @@ class _Run:
             for name, component in self.components.items():
                 if content[name] != {}:  # that of a scaler that was not needed
                     component.load_state_dict(content[name])
+            self.scaler.schedule_lag = content["schedule_lag"]
             results = {phase: [EpochResult(**one) for one in content["history"][phase]] for phase in ("train", "test")}
             for name, (_, set_state) in self.random_states().items():
                 if name in content["random"] or name != "mps":  # the machine before may have had none

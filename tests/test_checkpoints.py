@@ -133,6 +133,17 @@ LOADERS = {
 }
 
 
+def test_a_schedule_that_has_to_wait_for_a_skipped_step_still_waits_after_a_resume(float16):
+    def run(overflow_at, train=BATCHES, **options):
+        loss_fn = overflowing(nn.CrossEntropyLoss(), at=overflow_at)
+        return weights_of(tiny_run(loss_fn=loss_fn, loaders=(train, BATCHES), epochs=3, **options)[1])
+
+    whole = run([2])  # in the last batch of the first epoch
+    with pytest.warns(UserWarning, match="interrupted in epoch 2"):
+        run([2], interrupted_at(3), **KEEP)
+    assert torch.equal(run([], **RESUME), whole)
+
+
 @pytest.mark.parametrize("kind", GENERATORS)
 @pytest.mark.parametrize("place", LOADERS)
 def test_a_generator_in_a_loader_is_resumed(place, kind):
