@@ -1147,17 +1147,19 @@ def load_model(model, path, device=None):
     """Load the weights saved at `path` into `model`, move it to `device` (default: leave it where it is), return it.
 
     From a checkpoint of `start_cnn` come the weights of its best epoch; those of a compiled, averaged or `DataParallel`
-    model fit the plain one. Raises FileNotFoundError if there is no file, ValueError if it
-    holds anything but sound weights of this model.
+    model fit the plain one. Raises FileNotFoundError if there is no file, ValueError if it holds anything but sound
+    weights of this model.
     """
     weights = _read(path)
     if isinstance(weights, dict) and {"fingerprint", "made_with"} & weights.keys():
         weights = weights.get("best") or weights.get("model")
-    weights = dict(weights) if isinstance(weights, dict) else {"its content": weights}
+    weights = copy.copy(weights) if isinstance(weights, dict) else {"its content": weights}  # with its _metadata
     if "n_averaged" not in model.state_dict():
         weights.pop("n_averaged", None)  # of torch's `AveragedModel`
     names = dict(zip(_unwrapped(model.state_dict()), model.state_dict(), strict=True))
-    weights = {names.get(name, name): value for name, value in zip(_unwrapped(weights), weights.values(), strict=True)}
+    renamed = [names.get(name, name) for name in _unwrapped(weights)], list(weights.values())
+    weights.clear()
+    weights.update(zip(*renamed, strict=True))
     found, expected = _shapes(weights), model.state_dict()
     lazy = {name: found.get(name) for name, tensor in expected.items() if nn.parameter.is_lazy(tensor)}
     expected = lazy | _shapes({name: tensor for name, tensor in expected.items() if name not in lazy})
