@@ -220,7 +220,8 @@ def _mirrored(layer, dims=(0, 1, 3)):
 def _tie_gradients(layer):
     """Average each gradient of a `_mirrored` layer with its own mirror image, whatever the optimiser."""
     for parameter in layer.parameters():
-        if parameter.requires_grad and not parameter._backward_hooks:  # not tied yet
+        modules = {hook.__module__ for hook in (parameter._backward_hooks or {}).values()}
+        if parameter.requires_grad and __name__ not in modules:  # not tied yet
             parameter.register_hook(lambda gradient: torch.lerp(gradient, _mirror_image(gradient, layer.mirrored), 0.5))
 
 
@@ -250,8 +251,8 @@ def get_cifar10_data_loader(dataset, batch_size=_BATCH_SIZE, *, device=None, aug
     for part, is_train in zip(dataset, (True, False), strict=True):
         generator = torch.Generator().manual_seed(seed)
         on_device = _DeviceDataset(*_arrays_of(part), device, augment and is_train, generator)
-        whole = attrgetter("tensors")  # nothing left to collate
-        loaders.append(_Loader(on_device, int(batch_size), is_train, generator=generator, collate_fn=whole))
+        options = {"generator": generator, "collate_fn": attrgetter("tensors")}  # nothing is left to collate
+        loaders.append(_Loader(on_device, int(batch_size), is_train, **options))
     return tuple(loaders)
 
 
@@ -314,7 +315,7 @@ def get_muon_optimizer(model, lr=_PEAK_LR):
     last = [parameter for parameter in parameters if parameter.ndim > 1][-1:]
     filters = {layer.weight for layer in convolutions if layer.groups == 1}.difference(last)
     fast = {norm.bias for norm in norms}.union(*(layer.parameters() for layer in depthwise)).difference(last)
-    is_new = bool(norms and not norms[0].num_batches_tracked)
+    is_new = bool(norms) and norms[0].running_mean is not None and not norms[0].running_mean.any()
     groups = [
         {"params": filters, "momentum": _MUON_MOMENTUM, "muon": True, "is_new": is_new},
         {"params": fast, "lr_scale": _FAST},
@@ -426,14 +427,14 @@ class EpochResult:
 class History:
     """What `start_cnn` returns: the results of every epoch, how it ended, and the best test accuracy in percent.
 
-    `status` is "completed", "target reached", "interrupted" or "diverged"; `best_epoch` counts from 1, 0 means none.
+    `status` is "completed", "target reached", "interrupted", "diverged", or, as an error's `history`, "failed".
     """
 
     train: list = field(default_factory=list)
     test: list = field(default_factory=list)
     status: str = "completed"
     best_accuracy: float = 0.0
-    best_epoch: int = 0
+    best_epoch: int = 0  # counted from 1; 0: none yet
 
     def __repr__(self):
         best = f", best test accuracy {self.best_accuracy:.2f}% in epoch {self.best_epoch}" if self.best_epoch else ""
@@ -522,9 +523,9 @@ def start_cnn(
     the number of each epoch, from 0. Training stops once a test reaches `target_accuracy`, in percent.
 
     After every epoch all that the run needs is written to `checkpoint_path`; with `resume` the run continues from there
-    and ends as if it had not been broken off. The model ends with the weights of the last epoch; after an interrupt
+    and ends as if it had never stopped. The model ends with the weights of the last epoch; after an interrupt
     (Ctrl-C, the notebook's stop button), a loss that is not finite, or an error, with those of the best. If there is
-    none yet, a loss that is not finite restores the first ones. An error is raised, its `history` the results so far.
+    none yet, a loss that is not finite restores the first ones. An error is raised, with `history`.
 
     Raises ValueError or TypeError for an argument, a batch or a checkpoint that does not fit, before anything is
     trained if it can be seen by then; MemoryError naming the batch size if memory is exhausted.
@@ -574,9 +575,9 @@ class _Pass(AbstractContextManager):
         self.set_scaled(True)
 
     def set_scaled(self, is_scaled):
-        """Have the scaler pass its scale to an optimiser of this module, and whether gradients overflowed, or not.
+        """Leave unscaling and skipping steps to an optimiser of this module, which spares the host a wait in each step.
 
-        Otherwise the host waits to know before each step. Not for good: Lightning clips no gradients that are scaled.
+        Undone after the pass: Lightning refuses to clip gradients for such an optimiser.
         """
         if self.is_scaled and getattr(self.optimizer, "takes_scale", False):
             self.optimizer._step_supports_amp_scaling = is_scaled
@@ -587,16 +588,22 @@ class _Pass(AbstractContextManager):
             self.num_batches, self.batch_size = self.num_batches + 1, len(images)
             self.lr = self.optimizer.param_groups[0]["lr"] if self.optimizer else None
             if self.num_batches > 2 * (self.expected or math.inf):
-                raise ValueError(f"data_loader: gives more than twice the {self.expected} batches that its len() says")
+                raise ValueError(f"data_loader: more than twice the {self.expected} batches that its len() reports")
+            if self.num_batches == self.expected + 1 > 1:
+                self.warn_of_length("more")
             dtype = torch.float32 if labels.is_floating_point() else None
             yield images.to(self.device, **self.layout), labels.to(self.device, dtype)
         if not self.num_batches:
             raise ValueError("data_loader has no batches")
-        if self.num_batches != (self.expected or self.num_batches):
-            what = f"data_loader: gave {self.num_batches} batches, its len() says {self.expected}"
-            warnings.warn(f"{what}, by which the learning rate is scheduled", stacklevel=4)
+        if self.num_batches < self.expected:
+            self.warn_of_length("fewer")
         if self.unread:
             self.read()
+
+    def warn_of_length(self, more_or_fewer):
+        """Warn that the loader's length is not what it says."""
+        what = f"data_loader: {more_or_fewer} batches than the {self.expected} that its len() reports"
+        warnings.warn(what + ", by which the learning rate is scheduled" * (self.phase == "Train"), stacklevel=5)
 
     def checked(self, batch):
         """Images and labels of `batch`; raises TypeError or ValueError unless they are what the loops take."""
@@ -739,9 +746,10 @@ def predict(model, data_loader, device, *, tta=False):
 
 @torch.no_grad()
 def _prepare_training(model):
-    """Put `model` into training mode, unless it is: its parts in eval mode are frozen then. Restore its mirror pairs.
+    """Put a model in eval mode into training mode as a whole; in one already training, parts in eval mode stay so.
 
-    `apply` and `load_state_dict` can bring weights that do not mirror each other, or lose the hooks on the gradients.
+    Restore the mirror pairs: `apply` and `load_state_dict` can bring weights that do not mirror each other, or lose the
+    hooks on the gradients.
     """
     if not model.training:
         model.train()
@@ -761,7 +769,8 @@ def _prepare_training(model):
             parameter.mul_(norm / parameter.norm().clamp(min=1e-6))
     if replaced:
         names = ", ".join(dict.fromkeys(name for name, *_ in replaced))
-        warnings.warn(f"model: the weights of {names} were no mirror pairs any more; now they are", stacklevel=4)
+        what = "no longer mirrored each other; they have been averaged so that they do"
+        warnings.warn(f"model: the weights of {names} {what}", stacklevel=4)
 
 
 # --- Other optimisers, schedulers, and float16 -----------------------------------------------------------------------
@@ -789,11 +798,15 @@ def get_multi_step_lr_scheduler(optimizer, milestone=(10, 20), gamma=0.1):
 
 
 def _interval_of(scheduler, interval=None, has_test_loss=True):
-    """After what to step `scheduler`: an "epoch", but a "batch" if that is how torch documents it, or a part of it."""
+    """How often to step `scheduler`, each "epoch" or each "batch": by default as torch documents it or its parts."""
     if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
-        _require(has_test_loss, "scheduler", scheduler, "start_cnn, which has the test loss for a ReduceLROnPlateau,")
+        if not has_test_loss:
+            raise ValueError("scheduler: ReduceLROnPlateau needs the test loss, which start_cnn gives it")
         _require(interval != "batch", "scheduler_interval", interval, "'epoch' for a ReduceLROnPlateau")
-        _require(scheduler.mode == "min", "mode of ReduceLROnPlateau", scheduler.mode, "'min', as for a loss,")
+        if scheduler.mode != "min":
+            raise ValueError(
+                f"scheduler: ReduceLROnPlateau gets the test loss, mode={scheduler.mode!r} is for accuracies"
+            )
     by_batch = isinstance(scheduler, (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR))
     by_batch = by_batch or "batch" in map(_interval_of, getattr(scheduler, "_schedulers", []))
     return interval or ("batch" if by_batch else "epoch")
@@ -832,7 +845,8 @@ def _trainable(model):
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _require(parameters, "model", model, "a model with trainable parameters")
     is_lazy = any(map(nn.parameter.is_lazy, parameters))
-    _require(not is_lazy, "model", model, "no lazy layer without weights (run a batch through the model first)")
+    if is_lazy:
+        raise ValueError("model: its lazy layers have no weights yet; run a batch through the model first")
     return parameters
 
 
@@ -849,6 +863,7 @@ class _Run:
         self.epochs, self.target_accuracy, self.progress = int(epochs), target_accuracy, progress
         self.history, self.best, self.parts = History(), {}, []  # `best`: the weights of the best epoch; see `begin`
         self.rates = []  # of the optimiser, to be restored after the default schedule
+        self.unwritten = ""  # why the last checkpoint was not written
 
     @contextmanager
     def surviving(self):
@@ -880,7 +895,7 @@ class _Run:
         if history.status == "failed":
             with suppress(Exception):  # some errors take no attributes
                 error.history = history
-            why += f"; the model has the weights of epoch {history.best_epoch}, the error has the results as .history"
+            why += f"; the model has the weights of epoch {history.best_epoch}, the error's .history the results so far"
         if history.status != "failed" or history.test:
             epoch = min(len(history.test) + 1, self.epochs)
             warnings.warn(f"{history.status} in epoch {epoch} of {self.epochs}{why}", stacklevel=6)
@@ -923,12 +938,12 @@ class _Run:
                 self.path.parent.mkdir(parents=True, exist_ok=True)  # now only: a folder that vanishes is not made anew
             self.save()
         elif not resume:
-            what = "will be replaced after the first epoch; with resume=True its run would continue"
+            what = "exists and will be overwritten after the first epoch; pass resume=True to continue its run"
             warnings.warn(f"{self.path}: {what}", stacklevel=5)
         if resume and self.progress:
             print(f"{self.path}: {len(self.history.test)} of {self.epochs} epochs are done{self.suffix}")
         if any(getattr(part, "persistent_workers", False) for part in self.parts):
-            what = "persistent_workers keep their random states to themselves, so a resumed run draws other numbers"
+            what = "the random states of persistent_workers cannot be saved, so a resumed run will not be exact"
             warnings.warn(f"data_loader: {what}", stacklevel=5)
 
     def dry_run(self):
@@ -967,7 +982,7 @@ class _Run:
         return states | {f"loader {i}": _state_of(generator) for i, generator in enumerate(own)}
 
     def identity(self, lrs, num_batches):
-        """What tells this run from others, by name; only a checkpoint of the same is continued."""
+        """What identifies this run, by name: a checkpoint that differs in any of it is refused."""
         identity = {name: type(component).__name__ for name, component in self.components.items()}
         identity |= {"loss": type(self.loss_fn).__name__, "learning rates": lrs, "batches": num_batches}
         identity["generators of loaders"] = sum(name.startswith("loader") for name in self.random_states())
@@ -1023,20 +1038,24 @@ class _Run:
         try:
             content |= {name: component.state_dict() for name, component in self.components.items()}
             _write(_plain(content), self.path)
+            self.unwritten = ""
         except Exception as error:  # the disk may be full, a scheduler may hold what no file takes
             why = _first_line(error).removeprefix(f"{self.path}: ")
-            warnings.warn(f"{self.path}: checkpoint not written ({why}); training continues", stacklevel=5)
+            if why != self.unwritten:  # said once
+                warnings.warn(f"{self.path}: checkpoint not written ({why}); training continues", stacklevel=5)
+            self.unwritten = why
 
     def load(self):
-        """Load what `save` wrote; if it does not fit, the model keeps its weights."""
+        """Load what `save` wrote; if it does not fit, all stays as it is."""
         content = _read(self.path)
-        if isinstance(content, dict) and "made_with" in content:
-            raise ValueError(f"{self.path}: a checkpoint of velasoka 2.0, which {__version__} cannot continue")
-        if not isinstance(content, dict) or not isinstance(content.get("fingerprint"), dict):
+        if not isinstance(content, dict) or not {"fingerprint", "made_with"} & content.keys():
             raise ValueError(f"{self.path}: not a checkpoint of start_cnn")
+        if "data" not in (before := content.get("fingerprint", {})):
+            raise ValueError(f"{self.path}: a checkpoint of an earlier version, which {__version__} cannot continue")
         for name, value in self.fingerprint.items():
-            if (before := content["fingerprint"].get(name)) != value:
-                raise ValueError(f"{self.path}: was made with {name}={before}, this run has {name}={value}")
+            if before.get(name) != value:
+                raise ValueError(f"{self.path}: was made with {name}={before.get(name)}, this run has {name}={value}")
+        states = {name: copy.deepcopy(component.state_dict()) for name, component in self.components.items()}
         try:
             for weights in filter(None, (content["best"], content["model"])):
                 _require_no_nan(weights, self.path)
@@ -1052,7 +1071,8 @@ class _Run:
             self.history, self.best = History(**content["history"] | results), content["best"]
             self.keep_initial()
         except Exception as error:  # what is in a foreign file can fail in any way
-            self.restore()
+            for name, state in states.items():
+                self.components[name].load_state_dict(state)
             why = f"{self.path}: does not fit this run ({_first_line(error)})"
             raise ValueError(str(error) if str(self.path) in str(error) else why) from error
 
@@ -1089,8 +1109,9 @@ def _finite(loader, progress):
         if is_once:
             batches.append(batch)
             size += sum(getattr(part, "nbytes", 0) for part in (batch if isinstance(batch, (tuple, list)) else ()))
-        if num_batches == 100_000 or size > 4e9:
+        if num_batches == 100_000:
             raise ValueError(f"data_loader: no end in sight after {num_batches} batches; itertools.islice gives it one")
+        _require(size < 4e9, "bytes of data_loader", size, "a DataLoader, as an iterator is kept in memory,")
     return batches if is_once else loader, num_batches
 
 
@@ -1216,8 +1237,8 @@ def _write(content, path):
         torch.load(buffer, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"a {found[1]} in it" if found else _first_line(error)
-        raise ValueError(f"{path}: could not be read back, for {what} is neither a tensor nor a plain value") from error
+        what = f"it holds a {found[1]}, neither a tensor nor a plain value" if found else _first_line(error)
+        raise ValueError(f"{path}: could not be read back: {what}") from error
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("wb") as file:
@@ -1369,13 +1390,14 @@ def _arrays_of(dataset, used=None):
     used = used[:: len(used) // 3 + 1] if is_known else used  # what a foreign one does shows only in all of them
     bar = tqdm(used, "Comparing the items of dataset with its .data", delay=2, leave=False, file=sys.stdout)
     for index in bar if hasattr(dataset, "__getitem__") else ():
+        item = dataset[index] if len(dataset) == len(images) else ()
         with suppress(TypeError, ValueError, RuntimeError):  # of an item that is no image with its label
-            image, label = dataset[index] if len(dataset) == len(images) else ()
+            image, label = item
             image = image if isinstance(image, torch.Tensor) else to_tensor()(image)
             expected = ((torch.as_tensor(images[index]) / 255 - mean) / std).permute(2, 0, 1)
             if image.shape == expected.shape and image.allclose(expected, 1e-3, 1e-3) and label == labels[index]:
                 continue
-        raise ValueError(f"dataset: item {index} is more than its .data normalised and its .targets; {_WAY_OUT}")
+        raise ValueError(f"dataset: item {index} is not just its .data, normalised, and its .targets; {_WAY_OUT}")
     return torch.as_tensor(images), labels, mean, std, getattr(dataset, "_suffix", "")
 
 
@@ -1388,7 +1410,9 @@ def _normalization(dataset):
         elif isinstance(step, (transforms.Normalize, v2.Normalize)) and mean == (0.0,):
             mean, std = step.mean, step.std
         elif step is not None and type(step).__name__ not in _CONVERSIONS:
-            raise ValueError(f"dataset: its transform {' '.join(repr(step).split())} would be left out; {_WAY_OUT}")
+            raise ValueError(
+                f"dataset: its transform {' '.join(repr(step).split())} cannot be applied by this loader; {_WAY_OUT}"
+            )
     return mean, std
 
 
@@ -1604,8 +1628,8 @@ def receptive_field(model, input_size=(3, 32, 32)):
     neighbouring cells of the output) and `receptive_field` (input pixels that a cell sees): sides in pixels, or
     `(height, width)` if the two differ. Global pooling and flattening see all of an image of `input_size` = (channels,
     height, width). Where branches meet, and of several outputs, the larger view counts. What cannot be followed, such
-    as attention, transposed convolution or indexing, is warned of. Raises ValueError if the model cannot process such
-    images.
+    as attention, transposed convolution or indexing, leads to a warning. Raises ValueError if the model cannot process
+    such images.
 
     The arithmetic is that of Araujo, Norris and Sim, https://distill.pub/2019/computing-receptive-fields; how far NaN
     in the middle of the image spreads tells whether it holds.
@@ -1637,7 +1661,7 @@ _WINDOWED = {  # what slides a window, and its arguments in order
 }
 _COLUMNS = ("layer", "kernel_size", "stride", "dilation", "output_size", "jump", "receptive_field")
 _POOLING = "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "sum", "amax", "amin"
-_MOVING = "roll", "flip", "gather", "index_select", "grid_sample"  # the size stays, but not the place
+_MOVING = "roll", "flip", "sort", "msort", "argsort", "topk", "gather", "index_select", "grid_sample"  # size is kept
 _ATTENTION = "multi_head_attention_forward", "scaled_dot_product_attention"
 
 
@@ -1945,7 +1969,8 @@ def _check_optimizer(name, value):
 
 def _check_images(model, inputs):
     """Raise ValueError unless the input is what a model of this module takes; called before its `forward`."""
-    shape = tuple(inputs[0].shape) if isinstance(inputs[0], torch.Tensor) else (1, 3, 16, 16)  # a tracer's stand-in
+    is_traced = torch.jit.is_tracing() or not isinstance(inputs[0], torch.Tensor)
+    shape = (1, 3, 16, 16) if is_traced else tuple(inputs[0].shape)  # a tracer's numbers are no numbers
     fits = len(shape) == 4 and shape[1] == 3 and min(shape[2:]) >= 16
     _require(fits, "shape of images", shape, "N×3×H×W with sides of 16 or more")
 
@@ -1978,7 +2003,7 @@ _CHECKS = {  # of arguments, by name, which means the same in every function; fi
     "gamma": _number(float, 0),
     "milestone": _must(lambda it: all(epoch > 0 for epoch in it), "a list of epochs", ValueError),
     "momentum label_smoothing": _number(float, 0, 1),
-    "target_accuracy": _number(float, 1, 100),
+    "target_accuracy": _must(lambda it: 1 <= it <= 100, "a percentage from 1 to 100", ValueError),
     "mean": _per_channel("a finite number for each of 3 channels", -math.inf, (3,)),
     "std": _per_channel("a finite number above 0 for each of 3 channels", 0, (3,)),
     "augment": _must((bool, np.bool_), "True or False"),

@@ -121,7 +121,7 @@ BAD = [
     (lambda: v.get_muon_optimizer(NET, lr=NAN), ValueError, "lr=nan"),
     (lambda: v.get_muon_optimizer(FROZEN), ValueError, "trainable parameters"),
     (lambda: v.get_muon_optimizer(nn.LazyLinear(2)), ValueError, "run a batch through the model first"),
-    (lambda: v.get_sgd_optimizer(nn.LazyLinear(2)), ValueError, "model=.*no lazy layer"),
+    (lambda: v.get_sgd_optimizer(nn.LazyLinear(2)), ValueError, "model: its lazy layers .* run a batch"),
     (lambda: v.get_step_lr_scheduler("sgd"), TypeError, "optimizer='sgd'"),
     (lambda: v.get_multi_step_lr_scheduler(NET), TypeError, "optimizer="),
     (lambda: v.get_ce_loss(1.5), ValueError, r"label_smoothing=1\.5"),

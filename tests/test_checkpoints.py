@@ -291,7 +291,7 @@ def test_a_state_that_cannot_be_read_back_is_said_before_the_first_epoch(thing):
     model.register_forward_pre_hook(lambda module, _: said.append(len(warned)) if module.training else None)
     with pytest.warns(UserWarning, match=r"^run\.pt: checkpoint not written \([^\n]+\)[^\n]*$") as warned:
         history, _ = tiny_run(model, optimizer, scheduler=scheduler, **KEEP)
-    assert said[0] == 1
+    assert said[0] == len(warned) == 1
     assert (history.status, len(history.test)) == ("completed", 2)
     assert not [*Path().iterdir()]
 
@@ -319,7 +319,7 @@ def test_a_folder_that_vanishes_is_not_made_anew(comes_back):
 
     with pytest.warns(UserWarning, match="not written") as warned:
         history, _ = tiny_run(loss_fn=vanishing, epochs=3, checkpoint_path="drive/My Drive/run.pt")
-    assert len(warned) == (1 if comes_back else 2)
+    assert len(warned) == 1
     assert (history.status, len(history.test)) == ("completed", 3)
     assert [path.name for path in Path("drive").rglob("*.pt")] == ["run.pt"] * comes_back
 

@@ -161,7 +161,7 @@ def test_a_loss_that_diverges_ends_with_status_1(run, monkeypatch):
         ("--epochs 0", "--epochs=0: a whole number from 1"),
         ("--epochs 1.5", "'1.5'"),
         ("--epochs many", "'many'"),
-        ("--target 0", "--target=0.0: a finite number from 1 to 100"),
+        ("--target 0", "--target=0.0: a percentage from 1 to 100"),
         ("--target 101", "--target=101.0"),
         ("--target nan", "--target=nan"),
         ("--batch-size -4", "--batch-size=-4"),

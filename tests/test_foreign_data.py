@@ -105,8 +105,9 @@ def test_what_a_loader_cannot_do_is_refused_in_one_line(kind):
 # --- Soft labels ---
 
 
-def test_probabilities_that_are_sure_train_and_test_as_labels_do():
-    soft = [(images, F.one_hot(labels, 10).double()) for images, labels in BATCHES]
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_probabilities_that_are_sure_train_and_test_as_labels_do(dtype):
+    soft = [(images, F.one_hot(labels, 10).to(dtype)) for images, labels in BATCHES]
     (one, model), (other, soft_model) = tiny_run(), tiny_run(loaders=(soft, soft))
     for result, expected in zip(other.train + other.test, one.train + one.test, strict=True):
         assert (result.correct, result.total) == (expected.correct, expected.total)
@@ -186,7 +187,8 @@ def test_a_loader_without_an_end_is_refused(make, place):
 def test_a_loader_of_another_length_than_it_says_is_warned_of(said, come, place):
     loaders = [[BATCH], [BATCH]]
     loaders[place] = Sized(said, lambda: [BATCH] * come)
-    with pytest.warns(UserWarning, match=rf"gave {come} batches, its len\(\) says {said}"):
+    which = "more" if come > said else "fewer"
+    with pytest.warns(UserWarning, match=rf"{which} batches than the {said} that its len\(\) reports"):
         history, _ = tiny_run(loaders=loaders, epochs=1)
     assert (history.train, history.test)[place][0].total == 2 * come
 

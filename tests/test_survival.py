@@ -303,9 +303,10 @@ def test_a_checkpoint_of_something_else_is_refused_in_one_line_and_runs_nothing(
     assert torch.equal(before, weights_of(model))
 
 
-def test_a_checkpoint_of_the_version_before_is_refused_in_one_line_that_says_so(model, loaders, device):
-    torch.save({"made_with": {"model": "DilatedDepthwiseModel"}, "history": {}, "best": {}}, "run.pt")
-    with pytest.raises(ValueError, match=r"^run\.pt: a checkpoint of velasoka 2\.0, which .* cannot continue$"):
+@pytest.mark.parametrize("identity", ["made_with", "fingerprint"])  # of 2.0, of 2.1
+def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_line_that_says_so(identity, model, loaders, device):
+    torch.save({identity: {"model": "DilatedDepthwiseModel"}, "history": {}, "best": {}}, "run.pt")
+    with pytest.raises(ValueError, match=r"^run\.pt: a checkpoint of an earlier version, which .* cannot continue$"):
         train(model, loaders, device, 1, checkpoint_path="run.pt", resume=True)
 
 

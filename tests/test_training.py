@@ -276,7 +276,7 @@ def test_the_learning_rate_is_never_negative_however_many_batches_come(device):
 
     model, batches = linear_model(), Short(random_batches())
     optimizer = Rates(model.parameters(), lr=0.1)
-    with pytest.warns(UserWarning, match="gave 3 batches, its len"):
+    with pytest.warns(UserWarning, match="more batches than the 2 that its len"):
         velasoka.start_cnn(model, optimizer, nn.CrossEntropyLoss(), (batches, batches), device, 2, **QUIET)
     assert len(optimizer.rates) == 6
     assert min(optimizer.rates) >= 0
