@@ -136,6 +136,7 @@ BAD = [
     (lambda: train(scheduler=StepLR(SGD, 1), scheduler_interval="step"), ValueError, "scheduler_interval='step'"),
     (lambda: train(scheduler=ReduceLROnPlateau(SGD), scheduler_interval="batch"), ValueError, "interval='batch'"),
     (lambda: v.train_cnn(NET, batches(), CE, SGD, "cpu", scheduler=ReduceLROnPlateau(SGD)), ValueError, "test loss"),
+    (lambda: train(scheduler=ReduceLROnPlateau(SGD, mode="max")), ValueError, "mode='max'"),
     (lambda: v.train_cnn(NET, batches(), CE, SGD, "cpu", scheduler_interval=1), ValueError, "scheduler_interval=1"),
     (lambda: train(model=Tuple()), ValueError, "model: logits of 2 images × at least 1 classes.* not tuple"),
     (lambda: train(checkpoint_path="."), ValueError, r"checkpoint_path='\.'"),

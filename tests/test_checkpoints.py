@@ -241,6 +241,25 @@ def test_a_data_set_may_hold_anything_under_a_usual_name(name, value):
     assert tiny_run(loaders=(loader, BATCHES), epochs=1, **KEEP)[0].status == "completed"
 
 
+def test_a_checkpoint_that_does_not_fit_leaves_the_optimiser_and_the_scheduler_as_they_were():
+    def parts():
+        model = linear_model()
+        optimizer = sgd(model)
+        return model, optimizer, StepLR(optimizer, 1, 0.1)
+
+    model, optimizer, scheduler = parts()
+    tiny_run(model, optimizer, scheduler=scheduler, **KEEP)
+    content = stored()
+    del content["random"]["torch"]
+    torch.save(content, "run.pt")
+    model, optimizer, scheduler = parts()
+    with pytest.raises(ValueError, match="does not fit"):
+        tiny_run(model, optimizer, scheduler=scheduler, **RESUME)
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    assert scheduler.last_epoch == 0
+    assert torch.equal(weights_of(model), weights_of(linear_model()))
+
+
 def test_a_scheduler_without_a_state_is_said_to_give_no_checkpoint():
     class Bare:
         def step(self):

@@ -102,6 +102,14 @@ def test_what_a_loader_cannot_do_is_refused_in_one_line(kind):
         velasoka.get_cifar10_data_loader((Pictures(), REFUSED[kind]), 3, device="cpu")
 
 
+def test_an_error_of_a_data_set_is_raised_as_it_is():
+    def broken(*_):
+        raise ValueError("no such picture")
+
+    with pytest.raises(ValueError, match="no such picture"):
+        velasoka.get_cifar10_data_loader((Pictures(), Changed(broken)), 3, device="cpu")
+
+
 # --- Soft labels ---
 
 

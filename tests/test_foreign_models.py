@@ -103,9 +103,16 @@ def assign(model, change=torch.clone):
     model.load_state_dict(state, assign=True)  # new parameters, without hooks
 
 
+def assign_with_hooks(model):
+    assign(model, torch.rand_like)
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: gradient.clamp(-1, 1))  # the user's own
+
+
 CHANGES = {  # how models are changed, and whether that breaks their mirror pairs
     "apply": (lambda model: model.apply(initialise), True),
     "other weights": (lambda model: assign(model, torch.rand_like), True),
+    "other weights with hooks": (assign_with_hooks, True),
     "the same weights": (assign, False),
     "another last layer": (lambda model: setattr(model.c4, "1", nn.Conv2d(32, 10, 1)), False),
     "a frozen block": (lambda model: model.c1.requires_grad_(False), False),
