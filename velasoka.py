@@ -222,7 +222,7 @@ def _tie_gradients(layer):
     for parameter in layer.parameters():
         modules = {hook.__module__ for hook in (parameter._backward_hooks or {}).values()}
         if parameter.requires_grad and __name__ not in modules:  # not tied yet
-            parameter.register_hook(lambda gradient: torch.lerp(gradient, _mirror_image(gradient, layer.mirrored), 0.5))
+            parameter.register_hook(lambda grad, dims=layer.mirrored: torch.lerp(grad, _mirror_image(grad, dims), 0.5))
 
 
 def _mirror_image(tensor, dims):
@@ -757,8 +757,7 @@ def _prepare_training(model):
     for name, layer in model.named_modules():
         if hasattr(layer, "mirrored"):
             _tie_gradients(layer)
-            pairs += [(name, each, _mirror_image(each, layer.mirrored)) for each in layer.parameters()]
-    pairs = [pair for pair in pairs if pair[1].requires_grad]
+            pairs += [(name, p, _mirror_image(p, layer.mirrored)) for p in layer.parameters() if p.requires_grad]
     apart = [(parameter - mirror).norm() / parameter.norm() for _, parameter, mirror in pairs]
     is_apart = (torch.stack(apart) > 0.1).tolist() if apart else []  # rounding alone brings them much less apart
     replaced = [pair for pair, is_broken in zip(pairs, is_apart, strict=True) if is_broken]
