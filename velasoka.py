@@ -212,7 +212,7 @@ def _mirrored(layer, dims=(0, 1, 3)):
     nn.init.zeros_(layer.bias)  # a random one would not be symmetric
     if layer.weight.ndim == 4:
         with torch.no_grad():
-            layer.weight.add_(_mirror_image(layer.weight, dims)).div_(2**0.5)  # √2 keeps the variance
+            layer.weight.add_(layer.weight.flip(dims)).div_(2**0.5)  # √2 keeps the variance
     _tie_gradients(layer)
     return layer
 
@@ -220,14 +220,14 @@ def _mirrored(layer, dims=(0, 1, 3)):
 def _tie_gradients(layer):
     """Average each gradient of a `_mirrored` layer with its own mirror image, whatever the optimiser."""
     for parameter in layer.parameters():
-        modules = {hook.__module__ for hook in (parameter._backward_hooks or {}).values()}
-        if parameter.requires_grad and __name__ not in modules:  # not tied yet
-            parameter.register_hook(lambda grad, dims=layer.mirrored: torch.lerp(grad, _mirror_image(grad, dims), 0.5))
+        hooks = (parameter._backward_hooks or {}).values()
+        if parameter.requires_grad and all(hook.__module__ != __name__ for hook in hooks):  # not tied yet
+            parameter.register_hook(lambda g, dims=_mirror_dims(layer, parameter): torch.lerp(g, g.flip(dims), 0.5))
 
 
-def _mirror_image(tensor, dims):
-    """`tensor` flipped along those of `dims` that it has."""
-    return tensor.flip([dim for dim in dims if dim < tensor.ndim])
+def _mirror_dims(layer, parameter):
+    """The dimensions along which to flip a `parameter` of a `_mirrored` layer."""
+    return [dim for dim in layer.mirrored if dim < parameter.ndim]
 
 
 # --- Loader ----------------------------------------------------------------------------------------------------------
@@ -757,7 +757,7 @@ def _prepare_training(model):
     for name, layer in model.named_modules():
         if hasattr(layer, "mirrored"):
             _tie_gradients(layer)
-            pairs += [(name, p, _mirror_image(p, layer.mirrored)) for p in layer.parameters() if p.requires_grad]
+            pairs += [(name, p, p.flip(_mirror_dims(layer, p))) for p in layer.parameters() if p.requires_grad]
     apart = [(parameter - mirror).norm() / parameter.norm() for _, parameter, mirror in pairs]
     is_apart = (torch.stack(apart) > 0.1).tolist() if apart else []  # rounding alone brings them much less apart
     replaced = [pair for pair, is_broken in zip(pairs, is_apart, strict=True) if is_broken]
@@ -802,10 +802,8 @@ def _interval_of(scheduler, interval=None, has_test_loss=True):
         if not has_test_loss:
             raise ValueError("scheduler: ReduceLROnPlateau needs the test loss, which start_cnn gives it")
         _require(interval != "batch", "scheduler_interval", interval, "'epoch' for a ReduceLROnPlateau")
-        if scheduler.mode != "min":
-            raise ValueError(
-                f"scheduler: ReduceLROnPlateau gets the test loss, mode={scheduler.mode!r} is for accuracies"
-            )
+        if (mode := scheduler.mode) != "min":
+            raise ValueError(f"scheduler: ReduceLROnPlateau gets the test loss, mode={mode!r} is for accuracies")
     by_batch = isinstance(scheduler, (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR))
     by_batch = by_batch or "batch" in map(_interval_of, getattr(scheduler, "_schedulers", []))
     return interval or ("batch" if by_batch else "epoch")
@@ -843,8 +841,7 @@ def _trainable(model):
     """The parameters of `model` that an optimiser moves."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _require(parameters, "model", model, "a model with trainable parameters")
-    is_lazy = any(map(nn.parameter.is_lazy, parameters))
-    if is_lazy:
+    if any(map(nn.parameter.is_lazy, parameters)):
         raise ValueError("model: its lazy layers have no weights yet; run a batch through the model first")
     return parameters
 
@@ -1054,7 +1051,8 @@ class _Run:
         for name, value in self.fingerprint.items():
             if before.get(name) != value:
                 raise ValueError(f"{self.path}: was made with {name}={before.get(name)}, this run has {name}={value}")
-        states = {name: copy.deepcopy(component.state_dict()) for name, component in self.components.items()}
+        others = {name: self.components[name].state_dict() for name in ("scheduler", "scaler")}
+        states = self.initial | copy.deepcopy(others)
         try:
             for weights in filter(None, (content["best"], content["model"])):
                 _require_no_nan(weights, self.path)
@@ -1660,8 +1658,8 @@ _WINDOWED = {  # what slides a window, and its arguments in order
 }
 _COLUMNS = ("layer", "kernel_size", "stride", "dilation", "output_size", "jump", "receptive_field")
 _POOLING = "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "sum", "amax", "amin"
-_MOVING = "roll", "flip", "sort", "msort", "argsort", "topk", "gather", "index_select", "grid_sample"  # size is kept
-_ATTENTION = "multi_head_attention_forward", "scaled_dot_product_attention"
+_MOVING = """roll flip sort msort argsort topk gather index_select grid_sample multi_head_attention_forward
+scaled_dot_product_attention""".split()  # noqa: SIM905  # the size of a map stays, but its cells move, or mix
 
 
 class _ViewTracer(TorchFunctionMode):
@@ -1742,7 +1740,7 @@ def _moves(function, args):
         index = args[1] if isinstance(args[1], tuple) else args[1:]
         index = index if index[0] is ... else index[2:]  # of rows and columns
         return any(isinstance(each, (torch.Tensor, list)) for each in index)
-    return function in (*_MOVING, *_ATTENTION)
+    return function in _MOVING
 
 
 def _extents(tensor, size):

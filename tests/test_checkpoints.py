@@ -72,19 +72,6 @@ def draw(rng):
     return torch.rand((), generator=rng).item() if isinstance(rng, torch.Generator) else rng.random()
 
 
-class Noisy(Dataset):
-    """Images that a random generator makes lighter."""
-
-    def __init__(self, rng):
-        self.rng = rng
-
-    def __len__(self):
-        return len(IMAGES)
-
-    def __getitem__(self, index):
-        return IMAGES[index] + draw(self.rng), LABELS[index]
-
-
 class Lighter:
     """A transform with a generator of its own."""
 
@@ -104,6 +91,16 @@ class Transformed(Dataset):
 
     def __getitem__(self, index):
         return self.transform(IMAGES[index]), LABELS[index]
+
+
+class Noisy(Transformed):
+    """Images that a random generator of the data set's own makes lighter."""
+
+    def __init__(self, rng):
+        self.rng = rng
+
+    def transform(self, image):
+        return image + draw(self.rng)
 
 
 class Shuffled(Sampler):
