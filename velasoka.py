@@ -220,9 +220,9 @@ def _mirrored(layer, dims=(0, 1, 3)):
 def _tie_gradients(layer):
     """Average each gradient of a `_mirrored` layer with its own mirror image, whatever the optimiser."""
     for parameter in layer.parameters():
-        hooks = (parameter._backward_hooks or {}).values()
+        dims, hooks = _mirror_dims(layer, parameter), (parameter._backward_hooks or {}).values()
         if parameter.requires_grad and all(hook.__module__ != __name__ for hook in hooks):  # not tied yet
-            parameter.register_hook(lambda g, dims=_mirror_dims(layer, parameter): torch.lerp(g, g.flip(dims), 0.5))
+            parameter.register_hook(lambda gradient, dims=dims: torch.lerp(gradient, gradient.flip(dims), 0.5))
 
 
 def _mirror_dims(layer, parameter):
