@@ -62,7 +62,7 @@ from tqdm import tqdm
 
 # --- Constants -------------------------------------------------------------------------------------------------------
 
-__version__ = "2.2.0"
+__version__ = "2.3.0"
 __all__ = """
 SEED CIFAR10_MEAN CIFAR10_STD CIFAR10_CLASSES CIFAR10_MIRRORS MAX_PARAMETERS MODELS get_available_device seed_everything
 to_normalize to_tensor to_pil compose_transform download_cifar10 get_cifar10_dataset get_synthetic_dataset
@@ -300,14 +300,16 @@ class _DeviceDataset(Dataset):
 # --- Optimiser, schedule, loss ---------------------------------------------------------------------------------------
 
 
-def get_muon_optimizer(model, lr=_PEAK_LR):
+def get_muon_optimizer(model, lr=None, *, batch_size=_BATCH_SIZE):
     """Muon for the filters of dense convolutions at `lr`, SGD for all else, at rates in proportion to it.
 
-    `lr` is the peak of `start_cnn`'s schedule. The biases of batch norms, thresholds that each filter has to find (they
-    learn faster in airbench, too), and depthwise convolutions learn at 20 × `lr`, the last layer and all else at twice:
-    each group has its `lr_scale`, so that one rate can be set for all of them, as schedulers do. Filters of a new model
-    are scaled to norm √(output channels), near which batch norms expect them; those of a trained one keep their norm.
+    `lr` is the peak of `start_cnn`'s schedule: by default 0.05 for batches of 64, and in proportion to √`batch_size`,
+    for larger batches have less noisy gradients (https://arxiv.org/abs/2205.10287). The biases of batch norms,
+    thresholds that each filter has to find (they learn faster in airbench, too), and depthwise convolutions learn at
+    20 × `lr`, the last layer and all else at twice: each group has its `lr_scale`, so that one rate can be set for all.
+    A new model's filters are scaled to norm √(output channels), as suits batch norms; a trained one's keep theirs.
     """
+    lr = _PEAK_LR * (batch_size / _BATCH_SIZE) ** 0.5 if lr is None else lr
     parameters = _trainable(model)
     convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     depthwise = [layer for layer in convolutions if layer.groups > 1]
@@ -2129,7 +2131,8 @@ def _train(name, dataset, options):
     suffix = f"-{name}" if options.model == "all" else ""  # or one model's files would replace another's
     checkpoint, save = (path and path.with_stem(path.stem + suffix) for path in (options.checkpoint, options.save))
     stops = {"target_accuracy": options.target, "checkpoint_path": checkpoint, "resume": options.resume}
-    history = start_cnn(model, get_muon_optimizer(model), get_ce_loss(), loaders, device, options.epochs, **stops)
+    optimizer = get_muon_optimizer(model, batch_size=options.batch_size)
+    history = start_cnn(model, optimizer, get_ce_loss(), loaders, device, options.epochs, **stops)
     if save and history.test:
         save_model(model, save)
     reached = options.target is None or history.status == "target reached"

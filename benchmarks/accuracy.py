@@ -1,4 +1,4 @@
-"""Test accuracy by model and number of epochs: mean and deviation over seeds, as a table and as JSON.
+"""Test accuracy by model, number of epochs and batch size: mean and deviation over seeds, as a table and as JSON.
 
     python -m benchmarks.accuracy --data DIR --epochs 1 10 --seeds 5
 
@@ -33,10 +33,14 @@ def _pool_last(*stages):
     return nn.Sequential(*(layer for stage in stages for layer in stage), nn.MaxPool2d(2, ceil_mode=True))
 
 
-def _one_rate(model, get_optimizer=velasoka.get_muon_optimizer):
-    optimizer = get_optimizer(model)
+def _sgd(model, batch_size):
+    return velasoka.get_sgd_optimizer(model)
+
+
+def _one_rate(model, batch_size, get_optimizer=velasoka.get_muon_optimizer):
+    optimizer = get_optimizer(model, batch_size=batch_size)
     for group in optimizer.param_groups[1:]:
-        group["lr"] = 2 * optimizer.defaults["lr"]
+        group["lr_scale"] = velasoka._OTHER
     return optimizer
 
 
@@ -45,12 +49,12 @@ class _AlwaysShifted(velasoka._DeviceDataset):
         pass
 
 
-KEYS = "epochs", "model", "without", "seed"  # what tells a run from the others
+KEYS = "epochs", "model", "batch_size", "without", "seed"  # what tells a run from the others
 WITHOUT = {  # what stands in for which parts of velasoka.py to leave a technique out
     "nothing": {},
     "mirrored-channels": {"_mirrored": lambda layer, dims=(): layer},
     "pool-before-norm": {"_block": _pool_last},
-    "muon": {"get_muon_optimizer": velasoka.get_sgd_optimizer},
+    "muon": {"get_muon_optimizer": _sgd},
     "fast-biases": {"get_muon_optimizer": _one_rate},
     "label-smoothing": {"get_ce_loss": nn.CrossEntropyLoss},
     "decay": {"_triangular_schedule": lambda optimizer, steps: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)},
@@ -84,18 +88,18 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
-def run(dataset, epochs, name, without="nothing", seed=velasoka.SEED, tta=False):
+def run(dataset, epochs, name, batch_size=velasoka._BATCH_SIZE, without="nothing", seed=velasoka.SEED, tta=False):
     """Train one model from one seed; its final accuracies in percent, and the seconds of its training."""
-    kind = dict(zip(KEYS, (epochs, name, without, seed), strict=True))
+    kind = dict(zip(KEYS, (epochs, name, batch_size, without, seed), strict=True))
     with mock.patch.multiple(velasoka, **WITHOUT[without]) if WITHOUT[without] else nullcontext():
-        return kind | _run(dataset, epochs, name, seed, tta)
+        return kind | _run(dataset, epochs, name, batch_size, seed, tta)
 
 
-def _run(dataset, epochs, name, seed, tta):
+def _run(dataset, epochs, name, batch_size, seed, tta):
     velasoka.seed_everything(seed)
     device, model = velasoka.get_available_device(), velasoka.MODELS[name]()
-    loaders = velasoka.get_cifar10_data_loader(dataset, device=device, seed=seed)
-    optimizer, loss_fn = velasoka.get_muon_optimizer(model), velasoka.get_ce_loss()
+    loaders = velasoka.get_cifar10_data_loader(dataset, batch_size, device=device, seed=seed)
+    optimizer, loss_fn = velasoka.get_muon_optimizer(model, batch_size=batch_size), velasoka.get_ce_loss()
     with redirect_stdout(sys.stderr):  # the bars of each epoch; standard output is the table's
         history = velasoka.start_cnn(model, optimizer, loss_fn, loaders, device, epochs)
     if history.status != "completed":
@@ -114,10 +118,10 @@ def keep(about, results, path):
 
 
 def table(results):
-    """The results by epochs, model and technique left out, as Markdown."""
-    head = *KEYS[:3], "seeds", "accuracy (%)", "lowest", "with TTA", "training, s", "MB"
+    """The results by epochs, model, batch size and technique left out, as Markdown."""
+    head = *KEYS[:-1], "seeds", "accuracy (%)", "lowest", "with TTA", "training, s", "MB"
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    kinds = [tuple(result[key] for key in KEYS[:3]) for result in results]
+    kinds = [tuple(result[key] for key in KEYS[:-1]) for result in results]
     for kind in dict.fromkeys(kinds):
         rows = [result for result, its_kind in zip(results, kinds, strict=True) if its_kind == kind]
         plain, tta, seconds = ([row[key] for row in rows if key in row] for key in ("accuracy", "tta", "seconds"))
@@ -140,6 +144,8 @@ def main():
     parser.add_argument("--data", default="./data", help="as for velasoka.py (default: %(default)s)")
     parser.add_argument("--models", nargs="+", choices=velasoka.MODELS, default=list(velasoka.MODELS))
     parser.add_argument("--epochs", nargs="+", type=int, default=[1])
+    size = velasoka._BATCH_SIZE
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[size], help=f"images a step (default: {size})")
     parser.add_argument("--seeds", type=int, default=5, help="how many (default: %(default)s)")
     parser.add_argument("--tta", action="store_true", help="also with test-time augmentation")
     parser.add_argument("--held-out", action="store_true", help="report on 5,000 training images not trained on")
@@ -158,7 +164,8 @@ def main():
     with redirect_stdout(sys.stderr):
         dataset = velasoka.get_cifar10_dataset(root=options.data)
     dataset = held_out(dataset) if options.held_out else dataset
-    runs = product(options.epochs, options.models, options.without or WITHOUT, range(options.seeds))
+    kinds = options.epochs, options.models, options.batch_sizes, options.without or WITHOUT
+    runs = product(*kinds, range(options.seeds))
     done = {tuple(result[key] for key in KEYS) for result in results}
     with tqdm([each for each in runs if each not in done], unit=" runs") as bar:
         for each in bar:

@@ -119,6 +119,7 @@ BAD = [
     (lambda: v.get_sgd_optimizer(NET, momentum=1.1), ValueError, r"momentum=1\.1"),
     (lambda: v.get_muon_optimizer(NET, lr=-1), ValueError, "lr=-1"),
     (lambda: v.get_muon_optimizer(NET, lr=NAN), ValueError, "lr=nan"),
+    (lambda: v.get_muon_optimizer(NET, batch_size=0), ValueError, "batch_size=0"),
     (lambda: v.get_muon_optimizer(FROZEN), ValueError, "trainable parameters"),
     (lambda: v.get_muon_optimizer(nn.LazyLinear(2)), ValueError, "run a batch through the model first"),
     (lambda: v.get_sgd_optimizer(nn.LazyLinear(2)), ValueError, "model: its lazy layers .* run a batch"),

@@ -25,7 +25,8 @@ def test_accuracy_is_that_of_the_last_epoch_by_model_epochs_and_seed(image_folde
     ]
     assert all(0 <= one[key] <= 100 for one in found for key in ("accuracy", "tta"))
     assert all(10 < one["peak_memory_mb"] < 1500 for one in found)
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 | simple | nothing | 2 |"))
+    rows = capsys.readouterr().out.splitlines()
+    row = next(line for line in rows if line.startswith("| 2 | simple | 64 | nothing | 2 |"))
     assert f"{(found[4]['accuracy'] + found[5]['accuracy']) / 2:.2f} ± " in row
 
 
@@ -35,6 +36,28 @@ def test_each_technique_can_be_left_out(technique, image_folders, monkeypatch):
     (found,) = run(monkeypatch, accuracy, "--models", "dilated", "--seeds", "1", "--without", technique)["results"]
     assert found["without"] == technique
     assert all(getattr(velasoka, name) is part for name, part in parts.items())
+
+
+def test_every_batch_size_is_trained_at_the_rate_made_for_it(image_folders, monkeypatch):
+    rates, make = [], velasoka.get_muon_optimizer
+
+    def spy(model, **options):
+        optimizer = make(model, **options)
+        rates.append((options, optimizer.defaults["lr"]))
+        return optimizer
+
+    monkeypatch.setattr(velasoka, "get_muon_optimizer", spy)
+    found = run(monkeypatch, accuracy, "--models", "dilated", "--seeds", "1", "--batch-sizes", "16", "64")["results"]
+    assert [one["batch_size"] for one in found] == [16, 64]
+    assert rates == [({"batch_size": 16}, 0.025), ({"batch_size": 64}, 0.05)]
+
+
+def test_without_fast_biases_they_learn_as_the_rest_does(model):
+    optimizer = accuracy._one_rate(model, 64)
+    assert {(group["muon"], group["lr"] * group["lr_scale"]) for group in optimizer.param_groups} == {
+        (True, 0.05),
+        (False, 0.1),
+    }
 
 
 def test_a_stopped_benchmark_goes_on_and_mixes_nothing(image_folders, monkeypatch, capsys):

@@ -105,15 +105,15 @@ def test_the_same_seed_gives_the_same_results(run):
     assert results("1") == results("1") != results("2")
 
 
-def test_the_options_reach_the_loader(run, monkeypatch):
-    get, asked = velasoka.get_cifar10_data_loader, []
-    monkeypatch.setattr(
-        velasoka,
-        "get_cifar10_data_loader",
-        lambda *args, **options: asked.append((args[1], options)) or get(*args, **options),
-    )
+def test_the_options_reach_the_loader_and_the_optimizer(run, monkeypatch):
+    asked = []
+    for name in ("get_cifar10_data_loader", "get_muon_optimizer"):
+        get = getattr(velasoka, name)
+        monkeypatch.setattr(
+            velasoka, name, lambda *args, get=get, **kw: asked.append((*args[1:], kw)) or get(*args, **kw)
+        )
     run("--synthetic", "--epochs", "1", "--batch-size", "50", "--seed", "9", "--device", "cpu")
-    assert asked == [(50, {"device": torch.device("cpu"), "seed": 9})]
+    assert asked == [(50, {"device": torch.device("cpu"), "seed": 9}), ({"batch_size": 50},)]
 
 
 def test_an_interrupt_keeps_the_checkpoint_to_resume_from(run, monkeypatch, tmp_path):

@@ -397,6 +397,14 @@ def test_muon_moves_what_is_no_filter_as_torchs_sgd_does(device):
     assert_move_alike((ours, one), (theirs, two), device)
 
 
+@pytest.mark.parametrize(("batch_size", "lr"), [(16, 0.025), (64, 0.05), (256, 0.1), (1024, 0.2)])
+def test_the_default_rate_follows_the_square_root_of_the_batch_size(batch_size, lr, model):
+    optimizer = velasoka.get_muon_optimizer(model, batch_size=batch_size)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr] * 3)
+    optimizer = velasoka.get_muon_optimizer(model, lr=0.3, batch_size=batch_size)  # one set by hand is as it is
+    assert [group["lr"] for group in optimizer.param_groups] == [0.3] * 3
+
+
 def test_label_smoothing_lowers_the_target():
     logits, labels = torch.randn(5, 10), torch.arange(5)
     for smoothing in (0.0, 0.3):
