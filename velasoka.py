@@ -16,6 +16,7 @@ arguments of every public function are checked there. Accuracy is in percent.
 """
 
 import argparse
+import builtins
 import copy
 import errno
 import functools
@@ -27,9 +28,11 @@ import pickle
 import random
 import re
 import shutil
+import signal
 import sys
 import tarfile
 import tempfile
+import textwrap
 import time
 import urllib.request
 import warnings
@@ -39,8 +42,17 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import asdict, dataclass, field
 from http.client import HTTPException
 from itertools import cycle, islice
-from operator import attrgetter, length_hint
+from operator import attrgetter, itemgetter, length_hint
 from pathlib import Path
+from urllib.parse import urlsplit
+
+if __name__ == "__main__":  # what is imported now takes seconds: an interrupt ends it in one line
+
+    def _quit(*_):
+        print("velasoka: interrupted", file=sys.stderr)
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, _quit)
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -49,7 +61,7 @@ import torch.nn.functional as F
 import torchsummary
 from filelock import FileLock
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.overrides import TorchFunctionMode
@@ -68,8 +80,8 @@ SEED CIFAR10_MEAN CIFAR10_STD CIFAR10_CLASSES CIFAR10_MIRRORS MAX_PARAMETERS MOD
 to_normalize to_tensor to_pil compose_transform download_cifar10 get_cifar10_dataset get_synthetic_dataset
 get_cifar10_data_loader SimpleModel DilatedModel DilatedDepthwiseModel count_parameters receptive_field model_summary
 get_sgd_optimizer get_muon_optimizer get_ce_loss get_step_lr_scheduler get_multi_step_lr_scheduler EpochResult History
-train_cnn test_cnn predict start_cnn save_model load_model get_drive_path show_images show_misclassified plot_history
-plot_confusion_matrix per_class_accuracy
+train_cnn test_cnn predict classify start_cnn save_model load_model get_drive_path show_images show_misclassified
+plot_history plot_confusion_matrix per_class_accuracy
 """.split()  # noqa: SIM905
 
 SEED = 6
@@ -571,9 +583,11 @@ class _Pass(AbstractContextManager):
         self.num_read = self.loss_sum = self.correct = self.total = self.overflows = 0  # overflows: in a row
         self.scale = scaler.get_scale() if self.is_scaled else None
         self.start = self.next_read = time.perf_counter()
-        layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
-        options = {"bar_format": layout, "mininterval": 0.5, "file": sys.stdout, "disable": not progress}
-        self.bar = tqdm(desc=phase + self.suffix, total=self.expected or None, **options)
+        how_far = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}" if self.expected else "{n_fmt} batches, {elapsed}"
+        self.shown = [self.suffix]  # what stands behind the bar
+        layout = {"bar_format": "{desc}: " + how_far + "{postfix[0]}", "postfix": self.shown}
+        self.bar = _bar(desc=phase, total=self.expected or None, progress=progress, **layout)
+        self.says_end = progress and self.bar.disable
         self.set_scaled(True)
 
     def set_scaled(self, is_scaled):
@@ -601,6 +615,8 @@ class _Pass(AbstractContextManager):
             self.warn_of_length("fewer")
         if self.unread:
             self.read()
+        if self.total:
+            self.show()
 
     def warn_of_length(self, more_or_fewer):
         """Warn that the loader's length is not what it says."""
@@ -656,25 +672,30 @@ class _Pass(AbstractContextManager):
         self.bar.update()
 
     def read(self):
-        """Read the counts and show them; raises FloatingPointError if the loss is not finite, in float16 for long."""
+        """Read the counts; raises FloatingPointError if the loss is not finite, in float16 for long."""
         numbers, sizes, lrs = zip(*self.unread, strict=True)
         self.unread = []
         for (loss, correct, *scale), size, lr in zip(torch.stack(numbers).tolist(), sizes, lrs, strict=True):
-            rate = "" if lr is None else f", lr={lr:.4g}"
             self.num_read, self.total, self.correct = self.num_read + 1, self.total + size, self.correct + int(correct)
             if math.isfinite(loss):
                 self.loss_sum, self.overflows = self.loss_sum + loss * (1 if self.is_sum else size), 0
             else:
-                self.since = self.since if self.overflows else f"batch {self.num_read}{rate}"
+                here = f"batch {self.num_read}" + ("" if lr is None else f", lr={lr:.4g}")
+                self.since = self.since if self.overflows else here
                 self.overflows += 1
             if self.overflows > (20 if self.is_scaled else 0):  # the scaler deals with a few
                 raise _DivergenceError(f"the {self.phase.lower()} loss is not finite since {self.since}")
             if scale and scale[0] < self.scale:  # it is halved when a step is skipped
                 self.scaler.schedule_lag = getattr(self.scaler, "schedule_lag", 0) + 1
             self.scale = scale[0] if scale else None
-        result = self.result()
-        text = f"{self.phase} Accuracy={result.accuracy:.2f}{self.suffix}, loss={result.loss:.3f}{rate}"
-        self.bar.set_description_str(text, refresh=False)
+        if self.phase == "Train":  # a test is shown when it is over: its images may come in the order of their classes
+            self.show()
+
+    def show(self):
+        """Show the counts beside the bar."""
+        result, rate = self.result(), "" if self.lr is None else f" lr={self.lr:.1e}"  # always as wide
+        self.shown[0] = f" loss={result.loss:.3f}{rate}{self.suffix}"
+        self.bar.set_description_str(f"{self.phase} Accuracy={result.accuracy:.2f}%", refresh=False)
 
     def result(self):
         """The `EpochResult` of what has been read, which is all once the pass is over."""
@@ -683,6 +704,9 @@ class _Pass(AbstractContextManager):
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
+        if self.says_end and error is None:
+            seconds = time.perf_counter() - self.start
+            print(f"{self.bar.desc}{self.shown[0]}, {self.num_batches} batches in {seconds:.0f} s", flush=True)
         self.set_scaled(False)
         text = "out of memory|ALLOC_FAILED|DefaultCPUAllocator"
         if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(text, str(error))):
@@ -692,6 +716,14 @@ class _Pass(AbstractContextManager):
         if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
             what = f"batch norm cannot learn from a batch of {self.batch_size}"
             raise ValueError(f"{what}: make the DataLoader with drop_last=True, or another batch_size") from error
+
+
+def _bar(*args, progress=True, **options):
+    """A bar of tqdm's on standard output if that can redraw a line, as terminals and notebooks can."""
+    is_terminal, is_notebook = sys.stdout.isatty(), hasattr(builtins, "__IPYTHON__")
+    options |= {"dynamic_ncols": True} if is_terminal else {"ncols": 80}
+    is_shown = progress and (is_terminal or is_notebook)
+    return tqdm(*args, mininterval=0.5, file=sys.stdout, disable=not is_shown, **options)
 
 
 def _to_device(model, device):
@@ -744,6 +776,28 @@ def predict(model, data_loader, device, *, tta=False):
     if not logits.isfinite().all():
         raise ValueError("model: its logits are not finite, so its weights or the images are damaged")
     return logits, labels
+
+
+def classify(model, path, device, *, classes=CIFAR10_CLASSES, count=3):
+    """The `count` likeliest of `classes` for the image in the file `path`: a dict of percentages, the likeliest first.
+
+    The image may have any size and format that Pillow reads; it is turned upright, cut to the square in its middle and
+    scaled to 32×32, its pixels normalised as CIFAR-10's are. Raises ValueError if it is not an image.
+    """
+    try:
+        with Image.open(_path(path)) as image:
+            picture = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (32, 32))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # Pillow has many ways to refuse a file
+        raise ValueError(f"{path}: not a readable image ({_first_line(error)})") from error
+    pixels = compose_transform(to_tensor(), to_normalize(CIFAR10_MEAN, CIFAR10_STD))(picture)
+    logits, _ = predict(model, [(pixels[None], torch.tensor([0]))], device)  # the label is not looked at
+    _require(
+        logits.shape[1] == len(classes), "number of classes", len(classes), f"{logits.shape[1]}, as model has them,"
+    )
+    shares = dict(zip(classes, (100 * logits[0].softmax(0)).tolist(), strict=True))
+    return dict(sorted(shares.items(), key=itemgetter(1), reverse=True)[:count])
 
 
 @torch.no_grad()
@@ -883,6 +937,7 @@ class _Run:
     def end(self, error):
         """Keep what can be kept of a run that `error` ends, and say so."""
         history, why = self.history, f": {_first_line(error)}" if str(error) else ""
+        epoch = f"epoch {min(len(history.test) + 1, self.epochs)} of {self.epochs}"
         history.status = "interrupted" if _is_interrupt(error) else "failed"
         if isinstance(error, _DivergenceError):
             history.status = "diverged"
@@ -894,9 +949,12 @@ class _Run:
             with suppress(Exception):  # some errors take no attributes
                 error.history = history
             why += f"; the model has the weights of epoch {history.best_epoch}, the error's .history the results so far"
-        if history.status != "failed" or history.test:
-            epoch = min(len(history.test) + 1, self.epochs)
-            warnings.warn(f"{history.status} in epoch {epoch} of {self.epochs}{why}", stacklevel=6)
+        if history.status == "interrupted":
+            held = f"the weights of epoch {history.best_epoch}, the best" if self.best else "what it has learnt so far"
+            kept = f"; {self.path} has all that a resumed run needs" if self.path and not self.unwritten else ""
+            print(f"Interrupted in {epoch}: the model has {held}{kept}", flush=True)  # no warning, with its source line
+        elif history.status == "diverged" or (history.test and not isinstance(error, BrokenPipeError)):
+            warnings.warn(f"{history.status} in {epoch}{why}", stacklevel=6)
 
     def begin(self, data_loader, scheduler, interval, resume):
         """Check what can be checked, make what is missing, and continue from the checkpoint if there is one."""
@@ -1103,7 +1161,7 @@ def _finite(loader, progress):
     if num_batches and not is_once:
         return loader, num_batches
     batches, size = [], 0
-    bar = tqdm(loader, "Counting batches", leave=False, mininterval=0.5, file=sys.stdout, disable=not progress)
+    bar = _bar(loader, "Counting batches", leave=False, progress=progress)
     for num_batches, batch in enumerate(bar, 1):
         if is_once:
             batches.append(batch)
@@ -1356,7 +1414,7 @@ def _read_image_folders(root, split):
     unknown = sorted({path.name for path in folder.glob("[!.]*") if path.is_dir()} - {*CIFAR10_CLASSES, "__MACOSX"})
     if missing or unknown:
         raise ValueError(f"{folder}: needs PNG or JPEG images of each class; missing {missing}, unknown {unknown}")
-    for path in tqdm(files, desc=f"Reading {folder}", unit=" images", mininterval=0.5, file=sys.stdout):
+    for path in _bar(files, f"Reading {folder}", unit=" images"):
         try:
             with Image.open(path) as picture:
                 if picture.size != (32, 32) or picture.mode[0] in "IF":  # 16 or 32 bits a pixel
@@ -1387,7 +1445,7 @@ def _arrays_of(dataset, used=None):
     is_known = getattr(type(dataset), "__getitem__", None) in (_ArrayDataset.__getitem__, datasets.CIFAR10.__getitem__)
     used = range(len(images)) if used is None else used.tolist()
     used = used[:: len(used) // 3 + 1] if is_known else used  # what a foreign one does shows only in all of them
-    bar = tqdm(used, "Comparing the items of dataset with its .data", delay=2, leave=False, file=sys.stdout)
+    bar = _bar(used, "Comparing the items of dataset with its .data", delay=2, leave=False)
     for index in bar if hasattr(dataset, "__getitem__") else ():
         item = dataset[index] if len(dataset) == len(images) else ()
         with suppress(TypeError, ValueError, RuntimeError):  # of an item that is no image with its label
@@ -1586,6 +1644,8 @@ def _fetch_archive(archive, mirrors, *, timeout=10, speed=200_000, window=15):
 
 def _fetch(url, part, have, timeout, speed, window, crawling):
     """Append to the `have` bytes in the file `part` the rest of `url`; its speed goes into `crawling` if too low."""
+    host = urlsplit(url).netloc or url
+    print(f"Downloading CIFAR-10 ({_ARCHIVE_SIZE / 1e6:.0f} MB) from {host}", flush=True)
     headers = {"User-Agent": f"velasoka/{__version__}"} | ({"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as reply:
         if reply.headers.get_content_type() == "text/html":
@@ -1594,8 +1654,7 @@ def _fetch(url, part, have, timeout, speed, window, crawling):
         offered = size + int(reply.headers.get("Content-Length") or _ARCHIVE_SIZE - size)
         if offered != _ARCHIVE_SIZE:
             raise ConnectionError(f"offers {offered:,} bytes, the archive has {_ARCHIVE_SIZE:,}")
-        host = url.split("/")[2]
-        bar = tqdm(initial=size, total=_ARCHIVE_SIZE, unit="B", unit_scale=True, desc=host, file=sys.stdout)
+        bar = _bar(initial=size, total=_ARCHIVE_SIZE, unit="B", unit_scale=True)
         began, before = time.perf_counter(), size
         with part.open("ab") as file, bar:
             while size <= _ARCHIVE_SIZE and (chunk := reply.read1(1 << 16)):
@@ -1845,6 +1904,8 @@ def show_misclassified(images, labels, logits, classes, *, count=16, columns=8, 
     _require(found == shape, "shape of logits", tuple(found), f"{shape} for these images and classes")
     confidence, predictions = torch.as_tensor(logits).cpu().float().softmax(1).max(1)
     wrong = (predictions != labels).nonzero()[:, 0]
+    if not len(wrong):
+        return _blank(f"none of these {len(images):,} images is misclassified")
     worst = wrong[confidence[wrong].argsort(descending=True)][:count]
     titles = [f"{classes[labels[i]]}, taken for\n{classes[predictions[i]]} ({confidence[i]:.0%})" for i in worst]
     return _grid([images[i] for i in worst], titles, columns, mean, std)
@@ -1869,6 +1930,15 @@ def _grid(images, titles, columns, mean, std):
     return figure
 
 
+def _blank(text):
+    """A `Figure` with nothing but `text`."""
+    figure, axis = plt.subplots(figsize=(5, 1), layout="constrained")
+    axis.axis("off")
+    axis.text(0.5, 0.5, text, ha="center", va="center")
+    plt.close(figure)
+    return figure
+
+
 def plot_history(history):
     """A `Figure` of accuracy and loss by epoch, test solid and train dotted.
 
@@ -1878,15 +1948,18 @@ def plot_history(history):
     are_histories = all(hasattr(one, "train") and hasattr(one, "test") for one in histories.values())
     _require(are_histories, "history", history, "a History, or a dict of them by name,", TypeError)
     _require(histories, "history", history, "at least one")
+    longest = max(len(one.train) for one in histories.values())
+    if not longest:
+        return _blank("no epoch has been completed yet")
     colours = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"  # of Okabe and Ito
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, quantity, unit in zip(axes, ("accuracy", "loss"), ("accuracy (%)", "cross entropy"), strict=True):
         for (name, one), colour in zip(histories.items(), cycle(colours)):
             for phase, line, fill in (("test", "o-", colour), ("train", "o:", "white")):
                 values = [getattr(result, quantity) for result in getattr(one, phase)]
-                style = {"color": colour, "markersize": 4, "markerfacecolor": fill, "label": f"{name} {phase}".strip()}
+                style = {"color": colour, "markersize": 6, "markerfacecolor": fill, "label": f"{name} {phase}".strip()}
                 axis.plot(range(1, len(values) + 1), values, line, **style)
-        axis.set(title=quantity.capitalize(), xlabel="epoch", ylabel=unit)
+        axis.set(title=quantity.capitalize(), xlabel="epoch", ylabel=unit, xlim=(0.5, longest + 0.5))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(histories))
@@ -1960,6 +2033,16 @@ def _per_channel(needed, low, sizes):
     return _must(lambda them: len(them) in sizes and all(low < it < math.inf for it in them), needed, ValueError)
 
 
+def _check_device(name, value):
+    """Raise ValueError unless `value` is a device of this machine, or its name, and can be used."""
+    try:
+        torch.ones(1, device=torch.device(value)).item()
+    except Exception as reason:  # torch has many
+        kinds = dict.fromkeys([get_available_device().type, "cpu"])
+        why = f" ({_first_line(reason)})" if str(value).partition(":")[0] in kinds else ""
+        _require(False, name, value, f"a device of this machine, {' or '.join(kinds)}," + why)
+
+
 def _check_optimizer(name, value):
     """Raise TypeError or ValueError unless the loops can step `value`."""
     _require(isinstance(value, torch.optim.Optimizer), name, value, "a torch.optim.Optimizer", TypeError)
@@ -2014,7 +2097,7 @@ _CHECKS = {  # of arguments, by name, which means the same in every function; fi
     "images": _must(lambda it: np.ndim(it[0]) == 3 and len({*map(np.shape, it)}) == 1, "images of a size", ValueError),
     "labels": _must(len, "a list with something in it", ValueError),
     "classes": _must(lambda it: isinstance(it, (*_LIST, range)) and it, "a list of names", ValueError),
-    "device": _must(lambda it: torch.ones(1, device=torch.device(it)).item(), "a device of this machine", ValueError),
+    "device": _check_device,
     "model": _must(nn.Module, "a torch.nn.Module (an instance, not its class)"),
     "data_loader": _must(Iterable, "an iterable of batches"),
     "loss_fn": _must(lambda it: callable(it) and not isinstance(it, type), "a function of logits and labels"),
@@ -2071,19 +2154,28 @@ def _parse(arguments):
     folder = "holds cifar-10-batches-py, its archive, or train/<class>/ and test/<class>/ (default: ./data, downloaded)"
     data.add_argument("--data", type=os.path.expanduser, metavar="DIR", help=folder)
     data.add_argument("--synthetic", action="store_true", help="train on drawn pictures, which need no download")
+    add("--download", action="store_true", help="download CIFAR-10 (170 MB) into --data DIR if it is not there")
     add("--batch-size", type=int, default=_BATCH_SIZE, metavar="N", help="default: %(default)s")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     add("--seed", type=int, default=SEED, metavar="N", help="default: %(default)s")
     add("--checkpoint", type=_path, metavar="FILE", help="after every epoch, write all that the run needs to continue")
     add("--resume", action="store_true", help="continue from --checkpoint, if that file exists")
-    add("--save", type=_path, metavar="FILE", help="write the trained weights, for load_model")
+    add("--save", type=_path, metavar="FILE", help="write the trained weights, for load_model and --load")
+    add("--figures", type=_path, metavar="DIR", help="write curves, confusion matrix and surest mistakes as PNG")
+    add("--predict", type=_path, nargs="+", metavar="FILE", help="with --load: name the likeliest classes of images")
+    add("--load", type=_path, metavar="FILE", help="the weights, or the checkpoint, of --model to predict with")
     add("--version", action="version", version=__version__)
     options = parser.parse_args(arguments)
     if options.resume and not options.checkpoint:
         parser.error("--resume needs --checkpoint FILE to continue from")
-    if options.data is not None and not os.path.isdir(options.data):  # noqa: PTH112  # Path("") would be "."
+    if bool(options.predict) != bool(options.load):
+        parser.error("--predict FILE... and --load FILE need each other")
+    if options.predict and options.model == "all":
+        parser.error("--model all: one model at a time can --predict")
+    is_folder = options.data is None or os.path.isdir(options.data)  # noqa: PTH112  # Path("") would be "."
+    if not is_folder and not (options.data and options.download):
         parser.error(f"--data {options.data!r}: no such folder")
-    for path in filter(None, (options.checkpoint, options.save)):
+    for path in filter(None, (options.checkpoint, options.save, options.figures and options.figures / "curves.png")):
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         if path.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
             parser.error(f"{path}: cannot be written")
@@ -2094,58 +2186,121 @@ def _parse(arguments):
             check(f"--{name.replace('_', '-')}", getattr(options, name))
     options.target = options.target or (80.0 if options.epochs is None else None)
     options.epochs = options.epochs or 1
+    options.device = torch.device(options.device or get_available_device())
     return options
 
 
 def _main(arguments=None):
-    """The command line: train what the options ask for, say how it went, give the exit status."""
+    """The command line: do what the options ask for, say how it went, return the exit status."""
     warnings.showwarning = lambda message, *_: print(f"velasoka: {message}", file=sys.stderr)
     try:
         options = _parse(arguments)
-        try:
-            dataset = (
-                get_synthetic_dataset() if options.synthetic else get_cifar10_dataset(root=options.data or "./data")
-            )
-        except OSError as error:  # no source delivers, or ./data cannot be written
-            if options.data:
-                raise
-            print(f"{error}\nContinuing with synthetic pictures: what follows is not CIFAR-10.")
-            dataset = get_synthetic_dataset()
-        names = MODELS if options.model == "all" else [options.model]
-        return max([_train(name, dataset, options) for name in names])
+        return _predict_files(options) if options.predict else _train_models(options)
     except KeyboardInterrupt:
         print("velasoka: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `head`, say, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written
+        return 1
     except (OSError, ValueError, MemoryError) as error:
         print(f"velasoka: {error}", file=sys.stderr)
         return 2
 
 
-def _train(name, dataset, options):
-    """Train one model as the options say and print how it ended; 0 where that is as announced, else 1."""
+def _predict_files(options):
+    """Name the likeliest classes of the images of `--predict`."""
+    model = load_model(MODELS[options.model](), options.load)
+    for path in options.predict:
+        found = classify(model, path, options.device)
+        print(f"{path}: " + ", ".join(f"{name} {percent:.1f}%" for name, percent in found.items()))
+    return 0
+
+
+def _train_models(options):
+    """Train what the options name, compare if these are several models; return the exit status."""
+    dataset, is_as_asked = _find_data(options)
+    suffix, histories, rows = dataset[0]._suffix, {}, []
+    for name in MODELS if options.model == "all" else [options.model]:
+        histories[name] = history = _train(name, dataset, options, rows)
+        if history.status == "interrupted":
+            return 130
+    if len(rows) > 1:
+        print(f"\n{'model':<18}{'parameters':>12}{'field':>7}{'accuracy':>10}{'seconds':>9}{suffix}")
+        for name, parameters, view, accuracy, seconds in rows:
+            print(f"{name:<18}{parameters:>12,}{view:>7}{accuracy:>9.2f}%{seconds:>9.0f}{suffix}")
+    if options.figures and any(history.test for history in histories.values()):
+        _write_figure(plot_history(histories), options.figures / "curves.png")
+    if not is_as_asked:
+        way_out = f"run this again with a network, or put {_ARCHIVE} into ./data"
+        _say(f"CIFAR-10 was unavailable: these were drawn pictures (not CIFAR-10). To get it, {way_out}.")
+    status = "completed" if options.target is None else "target reached"
+    return int(any(history.status not in (status, "target reached") for history in histories.values()))
+
+
+def _find_data(options):
+    """The data sets that the options name, and whether they are these: if CIFAR-10 is unavailable, drawn pictures."""
+    is_folder = options.data is not None
+    try:
+        if options.synthetic:
+            return get_synthetic_dataset(), True
+        return get_cifar10_dataset(root=options.data or "./data", download=options.download or not is_folder), True
+    except FileNotFoundError as error:
+        raise ValueError(f"{error} (--download fetches it)") from error
+    except OSError as error:  # no source delivers, or ./data cannot be written
+        if is_folder or options.download:
+            raise
+        print(f"{error}\nContinuing with synthetic pictures: what follows is not CIFAR-10.")
+        options.target = None  # that of CIFAR-10
+        return get_synthetic_dataset(), False
+
+
+def _train(name, dataset, options, rows):
+    """Train one model as the options say, print how it ended, add what there is to compare to `rows`."""
     seed_everything(options.seed)
-    model, device = MODELS[name](), torch.device(options.device or get_available_device())
+    model, device, suffix = MODELS[name](), options.device, f"-{name}" if options.model == "all" else ""
     title, view = name + dataset[0]._suffix, receptive_field(model)[-1]["receptive_field"]
-    print(f"{title}: {count_parameters(model):,} parameters, receptive field {view}, on {device}")
+    _say(f"{title}: {count_parameters(model):,} parameters, receptive field {view}, on {device}")
     loaders = get_cifar10_data_loader(dataset, options.batch_size, device=device, seed=options.seed)
-    suffix = f"-{name}" if options.model == "all" else ""  # or one model's files would replace another's
+    # with a suffix, or one model's files would replace another's
     checkpoint, save = (path and path.with_stem(path.stem + suffix) for path in (options.checkpoint, options.save))
     stops = {"target_accuracy": options.target, "checkpoint_path": checkpoint, "resume": options.resume}
     optimizer = get_muon_optimizer(model, batch_size=options.batch_size)
     history = start_cnn(model, optimizer, get_ce_loss(), loaders, device, options.epochs, **stops)
-    if save and history.test:
-        save_model(model, save)
-    reached = options.target is None or history.status == "target reached"
     ended = f"{title}: {history.status}, {len(history.test)} of {options.epochs} epochs"
     if history.test:
-        ended += f" in {sum(result.seconds for result in history.train + history.test):.0f} s"
-        ended += f", test accuracy {history.test[-1].accuracy:.2f}%, at best {history.best_accuracy:.2f}%"
-    verdict = f": the target of {options.target:g}% is {'reached' if reached else 'missed'}" if options.target else ""
-    print(ended + verdict)
+        seconds, accuracy = sum(result.seconds for result in history.train + history.test), history.test[-1].accuracy
+        rows.append((name, count_parameters(model), view, accuracy, seconds))
+        ended += f" in {seconds:.0f} s, test accuracy {accuracy:.2f}%, at best {history.best_accuracy:.2f}%"
+        if save:
+            save_model(model, save)
+        if options.figures:
+            (logits, labels), test = predict(model, loaders[1], device), dataset[1]
+            figure = plot_confusion_matrix(labels, logits.argmax(1), test.classes)
+            _write_figure(figure, options.figures / f"confusion-matrix{suffix}.png")
+            figure = show_misclassified(test.data, labels, logits, test.classes)
+            _write_figure(figure, options.figures / f"mistakes{suffix}.png")
     if history.status == "interrupted":
-        raise KeyboardInterrupt
-    return int(not reached or history.status == "diverged")
+        ended += "; to continue, add --resume" if checkpoint else "; with --checkpoint FILE a run can be continued"
+    elif options.target:
+        verdict = "reached" if history.status == "target reached" else "missed"
+        ended += f": the target of {options.target:g}% is {verdict}"
+    _say(ended)
+    return history
+
+
+def _say(text):
+    """Print `text`, its lines broken between words if it goes to a terminal."""
+    print(textwrap.fill(text, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text)
+
+
+def _write_figure(figure, path):
+    """Write `figure` as PNG beside `path`, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    figure.savefig(part, format="png", dpi=120)
+    part.replace(path)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(_main())
