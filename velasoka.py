@@ -2168,6 +2168,8 @@ def _parse(arguments):
     options = parser.parse_args(arguments)
     if options.resume and not options.checkpoint:
         parser.error("--resume needs --checkpoint FILE to continue from")
+    if options.synthetic and options.download:
+        parser.error("--synthetic needs no --download")
     if bool(options.predict) != bool(options.load):
         parser.error("--predict FILE... and --load FILE need each other")
     if options.predict and options.model == "all":

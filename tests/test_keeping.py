@@ -119,11 +119,17 @@ def test_show_misclassified_shows_the_surest_mistakes_first(pictures):
     ]
 
 
-def test_show_misclassified_of_a_model_that_makes_no_mistake_is_an_empty_figure(pictures):
+def test_show_misclassified_of_a_model_that_makes_no_mistake_says_so(pictures):
     images, labels = pictures[1].data[:4], pictures[1].targets[:4]
     logits = torch.eye(10)[labels]
     figure = velasoka.show_misclassified(images, np.array(labels, dtype=np.uint16), logits, pictures[1].classes)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["none of these 4 images is misclassified"]
     assert not any(axis.get_images() for axis in figure.axes)
+
+
+def test_plot_history_of_no_epoch_says_so():
+    figure = velasoka.plot_history(velasoka.History())
+    assert [text.get_text() for text in figure.axes[0].texts] == ["no epoch has been completed yet"]
 
 
 def test_plot_history_draws_accuracy_and_loss_of_one_run_or_several():
