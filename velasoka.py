@@ -46,13 +46,8 @@ from operator import attrgetter, itemgetter, length_hint
 from pathlib import Path
 from urllib.parse import urlsplit
 
-if __name__ == "__main__":  # what is imported now takes seconds: an interrupt ends it in one line
-
-    def _quit(*_):
-        print("velasoka: interrupted", file=sys.stderr)
-        os._exit(130)
-
-    signal.signal(signal.SIGINT, _quit)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end an interrupted import, which takes seconds, without a traceback
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -80,7 +75,7 @@ SEED CIFAR10_MEAN CIFAR10_STD CIFAR10_CLASSES CIFAR10_MIRRORS MAX_PARAMETERS MOD
 to_normalize to_tensor to_pil compose_transform download_cifar10 get_cifar10_dataset get_synthetic_dataset
 get_cifar10_data_loader SimpleModel DilatedModel DilatedDepthwiseModel count_parameters receptive_field model_summary
 get_sgd_optimizer get_muon_optimizer get_ce_loss get_step_lr_scheduler get_multi_step_lr_scheduler EpochResult History
-train_cnn test_cnn predict classify start_cnn save_model load_model get_drive_path show_images show_misclassified
+train_cnn test_cnn predict start_cnn save_model load_model get_drive_path show_images show_misclassified
 plot_history plot_confusion_matrix per_class_accuracy
 """.split()  # noqa: SIM905
 
@@ -551,7 +546,7 @@ def start_cnn(
         while not run.outcome():
             run.set_epoch(len(run.history.test))
             if progress:
-                print(f"\nEPOCH: {len(run.history.test) + 1}{run.suffix}")
+                print(f"\nEPOCH: {len(run.history.test) + 1}{run.suffix}", flush=True)
             options = {"scheduler": run.batch_scheduler, "scheduler_interval": "batch", "scaler": run.scaler}
             train = train_cnn(model, run.train_loader, loss_fn, optimizer, device, progress=progress, **options)
             test = test_cnn(model, run.test_loader, device, progress=progress)
@@ -705,8 +700,8 @@ class _Pass(AbstractContextManager):
     def __exit__(self, kind, error, traceback):
         self.bar.close()
         if self.says_end and error is None:
-            seconds = time.perf_counter() - self.start
-            print(f"{self.bar.desc}{self.shown[0]}, {self.num_batches} batches in {seconds:.0f} s", flush=True)
+            seconds = f"{self.result().seconds:.0f} s"
+            print(f"{self.bar.desc}{self.shown[0]}, {self.num_batches} batches in {seconds}", flush=True)
         self.set_scaled(False)
         text = "out of memory|ALLOC_FAILED|DefaultCPUAllocator"
         if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(text, str(error))):
@@ -720,10 +715,14 @@ class _Pass(AbstractContextManager):
 
 def _bar(*args, progress=True, **options):
     """A bar of tqdm's on standard output if that can redraw a line, as terminals and notebooks can."""
-    is_terminal, is_notebook = sys.stdout.isatty(), hasattr(builtins, "__IPYTHON__")
-    options |= {"dynamic_ncols": True} if is_terminal else {"ncols": 80}
-    is_shown = progress and (is_terminal or is_notebook)
+    options |= {"dynamic_ncols": True} if _is_terminal() else {"ncols": 80}
+    is_shown = progress and (_is_terminal() or hasattr(builtins, "__IPYTHON__"))
     return tqdm(*args, mininterval=0.5, file=sys.stdout, disable=not is_shown, **options)
+
+
+def _is_terminal():
+    """Whether standard output is a terminal."""
+    return getattr(sys.stdout, "isatty", bool)()
 
 
 def _to_device(model, device):
@@ -778,24 +777,27 @@ def predict(model, data_loader, device, *, tta=False):
     return logits, labels
 
 
-def classify(model, path, device, *, classes=CIFAR10_CLASSES, count=3):
+def _classify(model, path, device, *, classes=CIFAR10_CLASSES, count=3):
     """The `count` likeliest of `classes` for the image in the file `path`: a dict of percentages, the likeliest first.
 
-    The image may have any size and format that Pillow reads; it is turned upright, cut to the square in its middle and
-    scaled to 32×32, its pixels normalised as CIFAR-10's are. Raises ValueError if it is not an image.
+    The image may have any size and format that Pillow reads, with 8 bits a colour; it is turned upright, cut to the
+    square in its middle, scaled to 32×32 and normalised as CIFAR-10 is. Raises ValueError if it is no such image.
     """
     try:
         with Image.open(_path(path)) as image:
-            picture = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (32, 32))
+            if image.mode[0] in "IF":
+                raise ValueError(f"mode {image.mode}, not 8 bits a colour")
+            upright = ImageOps.exif_transpose(image).convert("RGBA")
     except FileNotFoundError:
         raise
     except Exception as error:  # Pillow has many ways to refuse a file
         raise ValueError(f"{path}: not a readable image ({_first_line(error)})") from error
-    pixels = compose_transform(to_tensor(), to_normalize(CIFAR10_MEAN, CIFAR10_STD))(picture)
+    on_white = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB")
+    prepare = compose_transform(to_tensor(), to_normalize(CIFAR10_MEAN, CIFAR10_STD))
+    pixels = prepare(ImageOps.fit(on_white, (32, 32)))
     logits, _ = predict(model, [(pixels[None], torch.tensor([0]))], device)  # the label is not looked at
-    _require(
-        logits.shape[1] == len(classes), "number of classes", len(classes), f"{logits.shape[1]}, as model has them,"
-    )
+    found = logits.shape[1]
+    _require(found == len(classes), "number of classes", len(classes), f"{found}, as many as model has,")
     shares = dict(zip(classes, (100 * logits[0].softmax(0)).tolist(), strict=True))
     return dict(sorted(shares.items(), key=itemgetter(1), reverse=True)[:count])
 
@@ -915,7 +917,8 @@ class _Run:
         self.epochs, self.target_accuracy, self.progress = int(epochs), target_accuracy, progress
         self.history, self.best, self.parts = History(), {}, []  # `best`: the weights of the best epoch; see `begin`
         self.rates = []  # of the optimiser, to be restored after the default schedule
-        self.unwritten = ""  # why the last checkpoint was not written
+        self.unwritten, self.is_kept = "", False  # why the last checkpoint was not written; whether there is one
+        self.suffix = ""
 
     @contextmanager
     def surviving(self):
@@ -951,9 +954,11 @@ class _Run:
             why += f"; the model has the weights of epoch {history.best_epoch}, the error's .history the results so far"
         if history.status == "interrupted":
             held = f"the weights of epoch {history.best_epoch}, the best" if self.best else "what it has learnt so far"
-            kept = f"; {self.path} has all that a resumed run needs" if self.path and not self.unwritten else ""
-            print(f"Interrupted in {epoch}: the model has {held}{kept}", flush=True)  # no warning, with its source line
-        elif history.status == "diverged" or (history.test and not isinstance(error, BrokenPipeError)):
+            kept = f"; {self.path} has all that a resumed run needs" if self.is_kept else ""
+            why = f"{self.suffix}: the model has {held}{kept}"
+        if history.status == "interrupted" and self.progress:  # one line, without the source line of a warning
+            print(f"Interrupted in {epoch}{why}", flush=True)
+        elif history.status != "failed" or (history.test and not isinstance(error, BrokenPipeError)):
             warnings.warn(f"{history.status} in {epoch}{why}", stacklevel=6)
 
     def begin(self, data_loader, scheduler, interval, resume):
@@ -1094,7 +1099,7 @@ class _Run:
         try:
             content |= {name: component.state_dict() for name, component in self.components.items()}
             _write(_plain(content), self.path)
-            self.unwritten = ""
+            self.unwritten, self.is_kept = "", True
         except Exception as error:  # the disk may be full, a scheduler may hold what no file takes
             why = _first_line(error).removeprefix(f"{self.path}: ")
             if why != self.unwritten:  # said once
@@ -1127,6 +1132,7 @@ class _Run:
                     set_state(content["random"][name])
             self.history, self.best = History(**content["history"] | results), content["best"]
             self.keep_initial()
+            self.is_kept = True
         except Exception as error:  # what is in a foreign file can fail in any way
             for name, state in states.items():
                 self.components[name].load_state_dict(state)
@@ -1296,6 +1302,11 @@ def _write(content, path):
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it holds a {found[1]}, neither a tensor nor a plain value" if found else _first_line(error)
         raise ValueError(f"{path}: could not be read back: {what}") from error
+    _replace(path, buffer)
+
+
+def _replace(path, buffer):
+    """Write what is in `buffer` beside `path`, flush it to the disk, then rename it."""
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("wb") as file:
@@ -1533,7 +1544,7 @@ def get_synthetic_dataset(num_train=5000, num_test=1000, *, seed=SEED, mean=CIFA
 
 _ARCHIVE, _ARCHIVE_MD5, _ARCHIVE_SIZE = "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", 170_498_071
 _BATCHES = "cifar-10-batches-py"  # the folder in that archive
-_UNWRITABLE = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES
+_UNWRITABLE = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR
 
 
 def download_cifar10(root="./data", *, mirrors=CIFAR10_MIRRORS):
@@ -1616,6 +1627,7 @@ def _fetch_archive(archive, mirrors, *, timeout=10, speed=200_000, window=15):
     whole = check_integrity(kept, _ARCHIVE_MD5)  # if it stopped just before this was renamed
     for url, part, slowest in () if whole else attempts():
         have = part.stat().st_size if part.exists() else 0
+        print(f"Downloading CIFAR-10 ({_ARCHIVE_SIZE / 1e6:.0f} MB) from {urlsplit(url).netloc or url}", flush=True)
         try:
             _fetch(url, part, have, timeout, slowest, window, crawling)
             if whole := check_integrity(part, _ARCHIVE_MD5):
@@ -1644,8 +1656,6 @@ def _fetch_archive(archive, mirrors, *, timeout=10, speed=200_000, window=15):
 
 def _fetch(url, part, have, timeout, speed, window, crawling):
     """Append to the `have` bytes in the file `part` the rest of `url`; its speed goes into `crawling` if too low."""
-    host = urlsplit(url).netloc or url
-    print(f"Downloading CIFAR-10 ({_ARCHIVE_SIZE / 1e6:.0f} MB) from {host}", flush=True)
     headers = {"User-Agent": f"velasoka/{__version__}"} | ({"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as reply:
         if reply.headers.get_content_type() == "text/html":
@@ -1905,7 +1915,7 @@ def show_misclassified(images, labels, logits, classes, *, count=16, columns=8, 
     confidence, predictions = torch.as_tensor(logits).cpu().float().softmax(1).max(1)
     wrong = (predictions != labels).nonzero()[:, 0]
     if not len(wrong):
-        return _blank(f"none of these {len(images):,} images is misclassified")
+        return _blank(f"of {len(images):,} images none is misclassified")
     worst = wrong[confidence[wrong].argsort(descending=True)][:count]
     titles = [f"{classes[labels[i]]}, taken for\n{classes[predictions[i]]} ({confidence[i]:.0%})" for i in worst]
     return _grid([images[i] for i in worst], titles, columns, mean, std)
@@ -1913,7 +1923,7 @@ def show_misclassified(images, labels, logits, classes, *, count=16, columns=8, 
 
 def _grid(images, titles, columns, mean, std):
     """A `Figure` of images in rows of `columns`, each under its title."""
-    images = torch.stack([torch.as_tensor(image).detach().cpu() for image in images] or [torch.zeros(3, 1, 1)])
+    images = torch.stack([torch.as_tensor(image).detach().cpu() for image in images])
     of_bytes = images.dtype == torch.uint8
     fits = images.shape[3 if of_bytes else 1] == 3 and (of_bytes or images.is_floating_point())
     _require(fits, "images", f"{images.dtype} {tuple(images.shape)}", "uint8 N×H×W×3 or float N×3×H×W")
@@ -1948,7 +1958,7 @@ def plot_history(history):
     are_histories = all(hasattr(one, "train") and hasattr(one, "test") for one in histories.values())
     _require(are_histories, "history", history, "a History, or a dict of them by name,", TypeError)
     _require(histories, "history", history, "at least one")
-    longest = max(len(one.train) for one in histories.values())
+    longest = max(len(results) for one in histories.values() for results in (one.train, one.test))
     if not longest:
         return _blank("no epoch has been completed yet")
     colours = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"  # of Okabe and Ito
@@ -2035,12 +2045,14 @@ def _per_channel(needed, low, sizes):
 
 def _check_device(name, value):
     """Raise ValueError unless `value` is a device of this machine, or its name, and can be used."""
+    kinds, why = dict.fromkeys([get_available_device().type, "cpu"]), ""
     try:
         torch.ones(1, device=torch.device(value)).item()
+        return
     except Exception as reason:  # torch has many
-        kinds = dict.fromkeys([get_available_device().type, "cpu"])
-        why = f" ({_first_line(reason)})" if str(value).partition(":")[0] in kinds else ""
-        _require(False, name, value, f"a device of this machine, {' or '.join(kinds)}," + why)
+        if str(value).partition(":")[0] in kinds:
+            why = f" ({_first_line(reason)})"
+    _require(False, name, value, f"a device of this machine ({' or '.join(kinds)})" + why)
 
 
 def _check_optimizer(name, value):
@@ -2154,7 +2166,7 @@ def _parse(arguments):
     folder = "holds cifar-10-batches-py, its archive, or train/<class>/ and test/<class>/ (default: ./data, downloaded)"
     data.add_argument("--data", type=os.path.expanduser, metavar="DIR", help=folder)
     data.add_argument("--synthetic", action="store_true", help="train on drawn pictures, which need no download")
-    add("--download", action="store_true", help="download CIFAR-10 (170 MB) into --data DIR if it is not there")
+    add("--download", action="store_true", help="download CIFAR-10 into --data DIR if it is not there, or fail")
     add("--batch-size", type=int, default=_BATCH_SIZE, metavar="N", help="default: %(default)s")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     add("--seed", type=int, default=SEED, metavar="N", help="default: %(default)s")
@@ -2173,9 +2185,11 @@ def _parse(arguments):
     if bool(options.predict) != bool(options.load):
         parser.error("--predict FILE... and --load FILE need each other")
     if options.predict and options.model == "all":
-        parser.error("--model all: one model at a time can --predict")
-    is_folder = options.data is None or os.path.isdir(options.data)  # noqa: PTH112  # Path("") would be "."
-    if not is_folder and not (options.data and options.download):
+        parser.error("--predict needs one model, not --model all")
+    if options.predict and (options.checkpoint or options.save or options.figures):
+        parser.error("--predict trains nothing: leave out --checkpoint, --save and --figures")
+    is_there = options.data is None or os.path.isdir(options.data)  # noqa: PTH112  # Path("") would be "."
+    if not is_there and not (options.data and options.download):
         parser.error(f"--data {options.data!r}: no such folder")
     for path in filter(None, (options.checkpoint, options.save, options.figures and options.figures / "curves.png")):
         folder = next(parent for parent in path.absolute().parents if parent.exists())
@@ -2197,112 +2211,126 @@ def _main(arguments=None):
     warnings.showwarning = lambda message, *_: print(f"velasoka: {message}", file=sys.stderr)
     try:
         options = _parse(arguments)
-        return _predict_files(options) if options.predict else _train_models(options)
+        status = _predict_files(options) if options.predict else _train_models(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("velasoka: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `head`, say, has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written
-        return 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+        return 141  # as shells report it
     except (OSError, ValueError, MemoryError) as error:
         print(f"velasoka: {error}", file=sys.stderr)
         return 2
 
 
 def _predict_files(options):
-    """Name the likeliest classes of the images of `--predict`."""
-    model = load_model(MODELS[options.model](), options.load)
+    """Name the likeliest classes of the images of `--predict`; with `--synthetic`, those of the drawn pictures."""
+    model, classes = (
+        load_model(MODELS[options.model](), options.load),
+        _SHAPES if options.synthetic else CIFAR10_CLASSES,
+    )
     for path in options.predict:
-        found = classify(model, path, options.device)
-        print(f"{path}: " + ", ".join(f"{name} {percent:.1f}%" for name, percent in found.items()))
+        found = _classify(model, path, options.device, classes=classes)
+        _say(f"{path}: " + ", ".join(f"{name} {percent:.1f}%" for name, percent in found.items()))
     return 0
 
 
 def _train_models(options):
     """Train what the options name, compare if these are several models; return the exit status."""
-    dataset, is_as_asked = _find_data(options)
+    dataset, is_instead = _find_data(options)
     suffix, histories, rows = dataset[0]._suffix, {}, []
     for name in MODELS if options.model == "all" else [options.model]:
-        histories[name] = history = _train(name, dataset, options, rows)
+        # of several models, or of drawn pictures instead, files do not take each other's name
+        end = f"-{name}" * (options.model == "all") + "-synthetic" * is_instead
+        history, row = _train(name, dataset, options, end)
+        histories[name + suffix], rows = history, rows + [row] * bool(history.test)
         if history.status == "interrupted":
-            return 130
-    if len(rows) > 1:
+            break
+    if options.model == "all":
         print(f"\n{'model':<18}{'parameters':>12}{'field':>7}{'accuracy':>10}{'seconds':>9}{suffix}")
         for name, parameters, view, accuracy, seconds in rows:
             print(f"{name:<18}{parameters:>12,}{view:>7}{accuracy:>9.2f}%{seconds:>9.0f}{suffix}")
-    if options.figures and any(history.test for history in histories.values()):
-        _write_figure(plot_history(histories), options.figures / "curves.png")
-    if not is_as_asked:
-        way_out = f"run this again with a network, or put {_ARCHIVE} into ./data"
+    if history.status == "interrupted":
+        return 130
+    if options.figures:
+        _write_figure(plot_history(histories), options.figures / f"curves{'-synthetic' * is_instead}.png")
+    if is_instead:
+        way_out = "see the reasons above, or name a folder that has it with --data DIR"
         _say(f"CIFAR-10 was unavailable: these were drawn pictures (not CIFAR-10). To get it, {way_out}.")
     status = "completed" if options.target is None else "target reached"
-    return int(any(history.status not in (status, "target reached") for history in histories.values()))
+    return int(any(history.status != status for history in histories.values()))
 
 
 def _find_data(options):
-    """The data sets that the options name, and whether they are these: if CIFAR-10 is unavailable, drawn pictures."""
-    is_folder = options.data is not None
-    try:
-        if options.synthetic:
-            return get_synthetic_dataset(), True
-        return get_cifar10_dataset(root=options.data or "./data", download=options.download or not is_folder), True
-    except FileNotFoundError as error:
-        raise ValueError(f"{error} (--download fetches it)") from error
-    except OSError as error:  # no source delivers, or ./data cannot be written
-        if is_folder or options.download:
-            raise
-        print(f"{error}\nContinuing with synthetic pictures: what follows is not CIFAR-10.")
-        options.target = None  # that of CIFAR-10
+    """The data sets that the options name, and whether, CIFAR-10 being unavailable, they are drawn pictures instead."""
+    is_given = options.data is not None
+    if options.synthetic:
         return get_synthetic_dataset(), False
+    try:
+        return get_cifar10_dataset(root=options.data or "./data", download=options.download or not is_given), False
+    except OSError as error:  # no source delivers, or ./data cannot be written
+        if isinstance(error, FileNotFoundError) and is_given and not options.download:
+            raise ValueError(f"{error} (--download fetches it)") from error
+        if is_given or options.download:
+            raise
+        print(f"{error}\nContinuing with synthetic pictures: what follows is not CIFAR-10.", flush=True)
+        options.target = None  # that of CIFAR-10
+        return get_synthetic_dataset(), True
 
 
-def _train(name, dataset, options, rows):
-    """Train one model as the options say, print how it ended, add what there is to compare to `rows`."""
+def _train(name, dataset, options, end):
+    """Train one model as the options say, say how it ended, write its files; its history, and what to compare."""
     seed_everything(options.seed)
-    model, device, suffix = MODELS[name](), options.device, f"-{name}" if options.model == "all" else ""
-    title, view = name + dataset[0]._suffix, receptive_field(model)[-1]["receptive_field"]
-    _say(f"{title}: {count_parameters(model):,} parameters, receptive field {view}, on {device}")
+    model, device = MODELS[name](), options.device
+    title, view, parameters = name + dataset[0]._suffix, receptive_field(model)[-1], count_parameters(model)
+    _say(f"{title}: {parameters:,} parameters, receptive field {view['receptive_field']}, on {device}")
     loaders = get_cifar10_data_loader(dataset, options.batch_size, device=device, seed=options.seed)
-    # with a suffix, or one model's files would replace another's
-    checkpoint, save = (path and path.with_stem(path.stem + suffix) for path in (options.checkpoint, options.save))
+    checkpoint, save = (path and path.with_stem(path.stem + end) for path in (options.checkpoint, options.save))
+    is_new = checkpoint and not checkpoint.exists()
     stops = {"target_accuracy": options.target, "checkpoint_path": checkpoint, "resume": options.resume}
     optimizer = get_muon_optimizer(model, batch_size=options.batch_size)
     history = start_cnn(model, optimizer, get_ce_loss(), loaders, device, options.epochs, **stops)
-    ended = f"{title}: {history.status}, {len(history.test)} of {options.epochs} epochs"
+    ended, seconds = f"{title}: {history.status}, {len(history.test)} of {options.epochs} epochs", 0
     if history.test:
         seconds, accuracy = sum(result.seconds for result in history.train + history.test), history.test[-1].accuracy
-        rows.append((name, count_parameters(model), view, accuracy, seconds))
         ended += f" in {seconds:.0f} s, test accuracy {accuracy:.2f}%, at best {history.best_accuracy:.2f}%"
-        if save:
-            save_model(model, save)
-        if options.figures:
-            (logits, labels), test = predict(model, loaders[1], device), dataset[1]
-            figure = plot_confusion_matrix(labels, logits.argmax(1), test.classes)
-            _write_figure(figure, options.figures / f"confusion-matrix{suffix}.png")
-            figure = show_misclassified(test.data, labels, logits, test.classes)
-            _write_figure(figure, options.figures / f"mistakes{suffix}.png")
     if history.status == "interrupted":
-        ended += "; to continue, add --resume" if checkpoint else "; with --checkpoint FILE a run can be continued"
+        can_resume = checkpoint and checkpoint.exists() and (is_new or options.resume or history.test)
+        ended += "; --resume continues it" if can_resume else ""
     elif options.target:
         verdict = "reached" if history.status == "target reached" else "missed"
         ended += f": the target of {options.target:g}% is {verdict}"
     _say(ended)
-    return history
+    if save and history.test:
+        save_model(model, save)
+    if options.figures and history.status != "interrupted":
+        (logits, labels), test = predict(model, loaders[1], device), dataset[1]
+        figure = plot_confusion_matrix(labels, logits.argmax(1), test.classes)
+        _write_figure(figure, options.figures / f"confusion-matrix{end}.png", dataset[0]._suffix)
+        figure = show_misclassified(test.data, labels, logits, test.classes)
+        _write_figure(figure, options.figures / f"mistakes{end}.png", dataset[0]._suffix)
+    return history, (name, parameters, view["receptive_field"], history.test and accuracy, seconds)
 
 
 def _say(text):
     """Print `text`, its lines broken between words if it goes to a terminal."""
-    print(textwrap.fill(text, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text)
+    width = shutil.get_terminal_size().columns if _is_terminal() else len(text) + 1
+    print(textwrap.fill(text, width, break_on_hyphens=False, break_long_words=False), flush=True)
 
 
-def _write_figure(figure, path):
-    """Write `figure` as PNG beside `path`, then rename it."""
+def _write_figure(figure, path, suffix=""):
+    """Write `figure` as PNG, with `suffix` above it."""
+    buffer = io.BytesIO()
+    figure.suptitle(suffix.strip())
+    figure.savefig(buffer, format="png", dpi=120)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    figure.savefig(part, format="png", dpi=120)
-    part.replace(path)
+    _replace(path, buffer)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(_main())

@@ -34,7 +34,7 @@ def _pool_last(*stages):
 
 
 def _sgd(model, batch_size):
-    return velasoka.get_sgd_optimizer(model)
+    return velasoka.get_sgd_optimizer(model, velasoka._PEAK_LR * (batch_size / velasoka._BATCH_SIZE) ** 0.5)
 
 
 def _one_rate(model, batch_size, get_optimizer=velasoka.get_muon_optimizer):

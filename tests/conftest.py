@@ -1,11 +1,9 @@
 """What several test files need: the device, small data sets, small models."""
 
-import io
 import itertools
 import math
 import pickle
 import random
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -168,15 +166,6 @@ def tiny_run(model=None, optimizer=None, loss_fn=None, loaders=(BATCHES, BATCHES
     model = model or linear_model()
     optimizer, loss_fn = optimizer or sgd(model), loss_fn or nn.CrossEntropyLoss()
     return velasoka.start_cnn(model, optimizer, loss_fn, loaders, "cpu", epochs, **QUIET | options), model
-
-
-@contextmanager
-def printing(text):
-    """Hold what runs inside to printing `text`."""
-    printed = io.StringIO()
-    with redirect_stdout(printed):
-        yield
-    assert text in printed.getvalue()
 
 
 def interrupted_at(batch):

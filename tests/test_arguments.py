@@ -186,10 +186,8 @@ BAD = [
     (lambda: v.predict(NET, [], "cpu"), ValueError, "no batches"),
     (lambda: v.predict(NET, iter([]), "cpu"), ValueError, "no batches"),
     (lambda: v.predict(NET, 3, "cpu"), TypeError, "data_loader=3"),
-    (lambda: v.classify(NET, 3, "cpu"), TypeError, "path=3"),
-    (lambda: v.classify(NET, "missing.png", "cpu"), FileNotFoundError, "missing.png"),
-    (lambda: v.classify(NET, __file__, "cpu"), ValueError, "test_arguments.py: not a readable image"),
-    (lambda: v.classify(NET, "missing.png", "cpu", count=0), ValueError, "count=0"),
+    (lambda: v._classify(NET, "missing.png", "cpu"), FileNotFoundError, "missing.png"),
+    (lambda: v._classify(NET, __file__, "cpu"), ValueError, "test_arguments.py: not a readable image"),
     # keeping
     (lambda: v.save_model("net", "net.pt"), TypeError, "model='net'"),
     (lambda: v.save_model(NET, None), TypeError, "path=None"),

@@ -18,7 +18,6 @@ from conftest import (
     interrupted_at,
     linear_model,
     overflowing,
-    printing,
     random_batches,
     sgd,
     tiny_run,
@@ -137,7 +136,7 @@ def test_a_schedule_that_has_to_wait_for_a_skipped_step_still_waits_after_a_resu
         return weights_of(tiny_run(loss_fn=loss_fn, loaders=(train, BATCHES), epochs=3, **options)[1])
 
     whole = run([2])  # in the last batch of the first epoch
-    with printing("Interrupted in epoch 2"):
+    with pytest.warns(UserWarning, match="interrupted in epoch 2"):
         run([2], interrupted_at(3), **KEEP)
     assert torch.equal(run([], **RESUME), whole)
 
@@ -153,7 +152,7 @@ def test_a_generator_in_a_loader_is_resumed(place, kind):
         return [*weights_of(model).tolist(), *(result.loss for result in history.train + history.test)]
 
     whole = run()
-    with printing("Interrupted in epoch 3"):
+    with pytest.warns(UserWarning, match="interrupted in epoch 3"):
         run(interrupt=True, **KEEP)
     assert run(**RESUME) == whole
 
@@ -225,7 +224,7 @@ def test_a_run_is_resumed_with_the_objects_that_it_had():
     model = linear_model()
     optimizer = sgd(model)
     options = {"scheduler": ReduceLROnPlateau(optimizer, patience=0, threshold=10.0)}  # lowers the rate each epoch
-    with printing("Interrupted in epoch 3"):
+    with pytest.warns(UserWarning, match="interrupted in epoch 3"):
         tiny_run(model, optimizer, loaders=(interrupted_at(7), BATCHES), epochs=3, **options, **KEEP)
     assert tiny_run(model, optimizer, epochs=3, **options, **RESUME)[0].status == "completed"
 
@@ -355,7 +354,7 @@ def test_load_model_takes_the_best_weights_from_a_checkpoint(scripted):
 def test_load_model_takes_the_weights_from_a_checkpoint_without_an_epoch():
     model = linear_model()
     nn.init.ones_(model[-1].weight)
-    with printing("Interrupted"):
+    with pytest.warns(UserWarning, match="interrupted"):
         tiny_run(model, loaders=(interrupted_at(1), BATCHES), **KEEP)
     assert (velasoka.load_model(linear_model(), "run.pt")[-1].weight == 1).all()
 

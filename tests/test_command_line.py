@@ -1,14 +1,15 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,7 +66,29 @@ def test_without_data_and_network_it_says_why_and_goes_on_with_synthetic_picture
         assert re.search(re.escape(url) + ".*no route", printed)
     assert "80%" not in printed and "target" not in printed  # that of CIFAR-10
     last = printed.splitlines()[-1]
-    assert "CIFAR-10 was unavailable" in last and "not CIFAR-10" in last and velasoka._ARCHIVE in last
+    assert "CIFAR-10 was unavailable" in last and "not CIFAR-10" in last and "--data DIR" in last
+
+
+def test_what_is_written_of_drawn_pictures_instead_does_not_take_the_name_that_was_asked_for(run, no_network):
+    assert run("--save", "net.pt", "--checkpoint", "run.pt", "--figures", "figures")[0] == 0
+    assert {path.name for path in Path().glob("*.pt")} == {"net-synthetic.pt", "run-synthetic.pt"}
+    assert all(path.stem.endswith("-synthetic") for path in Path("figures").iterdir())
+
+
+def test_a_download_that_was_asked_for_and_fails_is_an_error(run, no_network):
+    status, printed, errors = run("--download")
+    assert status == 2 and "no route" in errors and "EPOCH" not in printed
+
+
+def test_download_fills_the_folder_that_is_named(run, monkeypatch, tmp_path, batches_folder):
+    def fetch(root, *, mirrors):
+        assert mirrors == velasoka.CIFAR10_MIRRORS
+        shutil.copytree(batches_folder / velasoka._BATCHES, root / velasoka._BATCHES)
+        return root / velasoka._BATCHES
+
+    monkeypatch.setattr(velasoka, "download_cifar10", fetch)
+    assert run("--data", "new", "--download", "--epochs", "1")[0] == 0
+    assert Path("new", velasoka._BATCHES).is_dir()
 
 
 def test_the_same_happens_if_the_data_folder_cannot_be_made(run, no_network):
@@ -117,13 +140,37 @@ def test_figures_are_written_as_png(run, tmp_path):
             assert picture.format == "PNG" and min(picture.size) > 50
 
 
+def test_an_image_is_classified_whatever_its_size_and_mode(model):
+    picture = Image.effect_mandelbrot((90, 60), (-3, -2.5, 2, 2.5), 100).convert("RGB")
+    picture.save("rgb.png")
+    expected = velasoka._classify(model, "rgb.png", "cpu", count=10)
+    assert sum(expected.values()) == pytest.approx(100) and set(expected) == set(velasoka.CIFAR10_CLASSES)
+    picture.convert("RGBA").save("rgba.png")
+    assert velasoka._classify(model, "rgba.png", "cpu", count=10) == expected
+    exif = Image.Exif()
+    exif[0x0112] = 3  # the camera was upside down
+    picture.rotate(180).save("turned.png", exif=exif)
+    assert velasoka._classify(model, "turned.png", "cpu", count=10) == expected
+    Image.new("RGB", (40, 40), "white").save("white.png")
+    Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save("clear.png")
+    assert velasoka._classify(model, "clear.png", "cpu") == velasoka._classify(model, "white.png", "cpu")
+    for mode in ("CMYK", "L", "P"):
+        picture.convert(mode).save("other.tiff")
+        assert len(velasoka._classify(model, "other.tiff", "cpu")) == 3
+    Image.new("I;16", (40, 40), 5000).save("deep.png")
+    with pytest.raises(ValueError, match=r"deep\.png: not a readable image \(mode I;16"):
+        velasoka._classify(model, "deep.png", "cpu")
+
+
 def test_images_of_ones_own_are_classified_by_saved_weights(run, tmp_path):
     Image.effect_mandelbrot((90, 60), (-3, -2.5, 2, 2.5), 100).save("own.png")
     run("--synthetic", "--epochs", "1", "--save", "net.pt")
-    status, printed, errors = run("--load", "net.pt", "--device", "cpu", "--predict", "own.png", "own.png")
+    status, printed, errors = run(
+        "--synthetic", "--load", "net.pt", "--device", "cpu", "--predict", "own.png", "own.png"
+    )
     assert (status, errors) == (0, "")
     model = velasoka.load_model(velasoka.MODELS["dilated-depthwise"](), "net.pt")
-    expected = velasoka.classify(model, "own.png", "cpu")
+    expected = velasoka._classify(model, "own.png", "cpu", classes=velasoka._SHAPES)
     assert printed.splitlines() == 2 * ["own.png: " + ", ".join(f"{n} {p:.1f}%" for n, p in expected.items())]
     assert len(expected) == 3 and list(expected.values()) == sorted(expected.values(), reverse=True)
     for wrong in ("own.png net.pt", "missing.png"):
@@ -175,7 +222,7 @@ def test_an_interrupt_keeps_the_checkpoint_to_resume_from(run, monkeypatch, tmp_
     assert errors == ""
     assert printed.count("nterrupted in epoch 2 of 3") == 1
     assert "the weights of epoch 1, the best; " in printed
-    assert printed.splitlines()[-1].endswith("; to continue, add --resume")
+    assert printed.splitlines()[-1].endswith("; --resume continues it")
     assert "interrupted" in printed.splitlines()[-1]
     status, printed, _ = run(*arguments, "--resume")
     assert status == 0
@@ -213,7 +260,7 @@ def test_a_loss_that_diverges_ends_with_status_1(run, monkeypatch):
         ("--target nan", "--target=nan"),
         ("--batch-size -4", "--batch-size=-4"),
         ("--seed -1", "--seed=-1"),
-        ("--device gpu", "--device='gpu': a device of this machine, "),
+        ("--device gpu", "--device='gpu': a device of this machine ("),
         ("--device cuda:99", "'cuda:99'"),
         ("--data nowhere", "nowhere"),
         ("--data . --synthetic", "--synthetic"),
@@ -225,6 +272,7 @@ def test_a_loss_that_diverges_ends_with_status_1(run, monkeypatch):
         ("--synthetic --figures torn.pt", "cannot be written"),
         ("--resume", "--checkpoint"),
         ("--predict torn.pt", "--load"),
+        ("--predict torn.pt --load torn.pt --save net.pt", "--save"),
         ("--load torn.pt", "--predict"),
         ("--model all --load torn.pt --predict torn.pt", "--model"),
         ("--learning-rate 1", "--learning-rate"),
@@ -258,7 +306,9 @@ raise SystemExit(velasoka._main(["--synthetic", "--epochs", "2", "--device", "cp
 
 
 def start(*command, **options):
-    environment = os.environ | {"PYTHONPATH": str(MODULE.parent)}
+    path = os.pathsep.join(filter(None, (str(MODULE.parent), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path}
+    environment.pop("PYTHONUNBUFFERED", None)
     return subprocess.Popen([sys.executable, *command], env=environment, **options)  # noqa: S603
 
 
@@ -271,24 +321,46 @@ def test_a_log_has_one_line_a_pass():
     assert all(re.search(r"Accuracy=\d+\.\d\d% loss=\d+\.\d{3}.*, \d+ batches in \d+ s$", line) for line in passes)
 
 
-def test_a_reader_that_has_read_enough_ends_it_quietly():
+@pytest.mark.parametrize("last", ["parameters", "EPOCH: 1", "completed"])
+def test_a_reader_that_has_read_enough_ends_it_quietly(last):
     program = start("-c", PROGRAM, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert b"348," not in program.stdout.readline()
+    while last.encode() not in (line := program.stdout.readline()):
+        assert line
     program.stdout.close()
     assert program.stderr.read() == b""
     program.stderr.close()
-    assert program.wait() == 1
+    assert program.wait() == (0 if last == "completed" else 141)
 
 
-def test_an_interrupt_of_the_imports_is_one_line():
-    slow = "import time; time.sleep(60)"
-    Path("torch.py").write_text(slow)
+def test_the_last_lines_may_find_no_reader_either():
+    program = "import velasoka; print('x'); raise SystemExit(velasoka._main(['--predict', 'x', '--load', 'x']))"
+    program = program.replace("raise", "velasoka._predict_files = lambda options: print('y') or 0; raise")
+    ours, theirs = os.pipe()
+    os.close(ours)
+    ended = start("-c", program, stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    assert ended.communicate()[1] == b"" and ended.returncode == 141
+
+
+def test_output_may_go_to_an_object_that_can_only_write(model, loaders, device, monkeypatch):
+    written = []
+    only_writes = SimpleNamespace(write=written.append, flush=lambda: None)
+    monkeypatch.setattr(sys, "stdout", only_writes)
+    velasoka.test_cnn(model, loaders[1], device)
+    assert "".join(written).startswith("Test Accuracy=")
+    monkeypatch.setattr(sys, "stdout", None)  # as under pythonw
+    velasoka.test_cnn(model, loaders[1], device)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signal of this kind")
+def test_an_interrupt_of_the_imports_is_no_traceback():
+    Path("torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     Path("velasoka.py").write_text(MODULE.read_text())
     program = start("velasoka.py", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    time.sleep(3)
+    assert program.stdout.readline() == b"importing\n"
     program.send_signal(signal.SIGINT)
-    printed, errors = program.communicate()
-    assert (program.returncode, printed, errors) == (130, b"", b"velasoka: interrupted\n")
+    assert program.communicate() == (b"", b"")
+    assert program.returncode == -signal.SIGINT
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals of this kind")
@@ -307,6 +379,7 @@ def test_a_bar_fits_the_terminal_and_shows_what_matters(columns):
     lines = [line for line in re.split("[\r\n]+", shown.decode()) if line]
     assert max(map(len, lines)) <= columns
     bars = [line for line in lines if line.startswith(("Train Accuracy", "Test Accuracy"))]
+    assert len(bars) >= 4 and all(": 100%|" in line for line in bars if line.startswith("Test"))  # not before the end
     assert all(re.match(r"\w+ Accuracy=\d+\.\d\d%: +\d+%\|.+\| \d\d:\d\d<\d\d:\d\d", line) for line in bars)
     if columns > 50:
         assert all(re.search(r" loss=\d\.\d{3}( lr=\d\.\de-\d\d)? \(not CIFAR-10\)$", line) for line in bars)

@@ -6,7 +6,7 @@ import traceback
 import numpy as np
 import pytest
 import torch
-from conftest import BATCHES, Breaking, linear_model, printing, tiny_run, weights_of
+from conftest import BATCHES, Breaking, linear_model, tiny_run, weights_of
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -39,7 +39,7 @@ def stop_a_worker():
 @pytest.mark.parametrize("place", ["train", "test"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError(KILLED + "Interrupt: 2. "), stop_a_worker])
 def test_an_interrupt_is_one_in_a_worker_too(error, place):
-    with printing("Interrupted in epoch 2 of 2"):
+    with pytest.warns(UserWarning, match="interrupted in epoch 2 of 2"):
         history = run_with(error, place)
     assert (history.status, len(history.test)) == ("interrupted", 1)
 

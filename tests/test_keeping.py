@@ -123,13 +123,15 @@ def test_show_misclassified_of_a_model_that_makes_no_mistake_says_so(pictures):
     images, labels = pictures[1].data[:4], pictures[1].targets[:4]
     logits = torch.eye(10)[labels]
     figure = velasoka.show_misclassified(images, np.array(labels, dtype=np.uint16), logits, pictures[1].classes)
-    assert [text.get_text() for text in figure.axes[0].texts] == ["none of these 4 images is misclassified"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["of 4 images none is misclassified"]
     assert not any(axis.get_images() for axis in figure.axes)
 
 
 def test_plot_history_of_no_epoch_says_so():
     figure = velasoka.plot_history(velasoka.History())
     assert [text.get_text() for text in figure.axes[0].texts] == ["no epoch has been completed yet"]
+    result = velasoka.EpochResult(1.0, 50.0, 5, 10, 1.0)
+    assert len(velasoka.plot_history(velasoka.History(test=[result])).axes) == 2
 
 
 def test_plot_history_draws_accuracy_and_loss_of_one_run_or_several():

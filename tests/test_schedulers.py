@@ -6,18 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import (
-    BATCHES,
-    QUIET,
-    Breaking,
-    interrupted_at,
-    linear_model,
-    overflowing,
-    printing,
-    sgd,
-    tiny_run,
-    weights_of,
-)
+from conftest import BATCHES, QUIET, Breaking, interrupted_at, linear_model, overflowing, sgd, tiny_run, weights_of
 from torch import nn
 from torch.optim import lr_scheduler as lrs
 
@@ -169,7 +158,7 @@ def test_a_one_cycle_too_short_for_the_run_is_refused_before_training(make, inte
 def test_a_resumed_run_has_the_rates_and_the_weights_of_the_whole_one(name):
     make = KINDS.get(name)
     _, rates, weights = run(make)
-    with printing("Interrupted in epoch 3"):
+    with pytest.warns(UserWarning, match="interrupted in epoch 3"):
         run(make, loaders=(interrupted_at(7), BATCHES), checkpoint_path="run.pt")
     _, resumed, weights_again = run(make, checkpoint_path="run.pt", resume=True)
     assert resumed == rates[6:]

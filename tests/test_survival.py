@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QUIET, Bomb, Breaking, overflowing, printing, random_batches, train, weights_of
+from conftest import QUIET, Bomb, Breaking, overflowing, random_batches, train, weights_of
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 
@@ -55,9 +55,26 @@ def small_run(device, error=None, at=None, **options):
     return train(model, (first, loaders[1]), device, 3, **options), model, loaders[1]
 
 
+def test_an_interrupt_says_in_one_line_what_the_model_holds_and_what_is_kept(model, loaders, device, capsys):
+    def interrupt(at, **options):
+        breaking = Breaking(loaders[0], KeyboardInterrupt(), at)
+        train(model, (breaking, loaders[1]), device, 3, progress=True, **options)
+        return capsys.readouterr().out.splitlines()[-1]
+
+    after_one, kept = len(loaders[0]) + 2, "; run.pt has all that a resumed run needs"
+    held = "Interrupted in epoch 2 of 3 (not CIFAR-10): the model has the weights of epoch 1, the best"
+    assert interrupt(after_one) == held
+    assert interrupt(after_one, checkpoint_path="run.pt") == held + kept
+    first = "Interrupted in epoch 1 of 3 (not CIFAR-10): the model has what it has learnt so far"
+    assert interrupt(1, checkpoint_path="run.pt", resume=True) == held.replace("epoch 2", "epoch 2") + kept
+    with pytest.warns(UserWarning, match="will be overwritten"):
+        assert interrupt(1, checkpoint_path="run.pt") == first  # the file is another run's
+    assert interrupt(1) == first
+
+
 def test_an_interrupt_returns_the_history_and_the_best_weights(model, loaders, device):
     breaking = Breaking(loaders[0], KeyboardInterrupt(), at=len(loaders[0]) + 2)
-    with printing("Interrupted in epoch 2 of 3"):
+    with pytest.warns(UserWarning, match="interrupted in epoch 2 of 3"):
         history = train(model, (breaking, loaders[1]), device, 3)
     assert history.status == "interrupted"
     assert len(history.train) == len(history.test) == 1
@@ -146,7 +163,7 @@ def test_an_interrupt_in_the_first_epoch_can_be_resumed_with_the_same_objects(de
     _, whole, _ = small_run(device)
     model, loaders = small_model_and_loaders(device)
     breaking = Breaking(loaders[0], KeyboardInterrupt(), at=1)
-    with printing("Interrupted in epoch 1"):
+    with pytest.warns(UserWarning, match="interrupted in epoch 1"):
         train(model, (breaking, loaders[1]), device, 3, checkpoint_path="run.pt")
     train(model, loaders, device, 3, checkpoint_path="run.pt", resume=True)
     assert torch.equal(weights_of(model), weights_of(whole)) or device.type != "cpu"
@@ -156,7 +173,7 @@ def test_an_interrupt_in_the_first_epoch_can_be_resumed_with_the_same_objects(de
 def test_a_run_goes_on_with_another_precision_on_another_machine(dtypes, device, monkeypatch):
     before, after = dtypes
     monkeypatch.setattr(velasoka, "_precision", lambda device: before)
-    with printing("Interrupted in epoch 3"):
+    with pytest.warns(UserWarning, match="interrupted in epoch 3"):
         small_run(device, KeyboardInterrupt(), 5, checkpoint_path="run.pt")
     monkeypatch.setattr(velasoka, "_precision", lambda device: after)
     history, _, _ = small_run(device, checkpoint_path="run.pt", resume=True)
@@ -166,7 +183,7 @@ def test_a_run_goes_on_with_another_precision_on_another_machine(dtypes, device,
 def test_a_checkpoint_is_not_replaced_before_an_epoch_is_done(model, loaders, device):
     train(model, loaders, device, 1, checkpoint_path="run.pt")
     before = Path("run.pt").read_bytes()
-    with printing("Interrupted in epoch 1"):
+    with pytest.warns(UserWarning, match="interrupted in epoch 1"):
         train(model, (Breaking(loaders[0], KeyboardInterrupt(), 1), loaders[1]), device, 3, checkpoint_path="run.pt")
     assert Path("run.pt").read_bytes() == before
 
@@ -213,7 +230,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(kind, pictures, 
         return history, weights_of(model)
 
     whole, weights = run()
-    with printing("Interrupted in epoch 3"):
+    with pytest.warns(UserWarning, match="interrupted in epoch 3"):
         run(error_at=16, checkpoint_path="run.pt")
     resumed, weights_again = run(checkpoint_path="run.pt", resume=True)
     assert torch.equal(weights, weights_again) or device.type != "cpu"
@@ -364,8 +381,10 @@ def test_a_checkpoint_that_cannot_be_written_warns_and_the_next_epoch_tries_agai
 
     done = lambda: len(torch.load("run.pt", weights_only=True)["history"]["test"])  # noqa: E731
     monkeypatch.setattr(velasoka.os, "fsync", fail)
-    with printing("Interrupted in epoch 4"), pytest.warns(UserWarning, match="not written.*No space"):
+    written, ended = "not written.*No space", "interrupted in epoch 4"
+    with pytest.warns(UserWarning, match=ended), pytest.warns(UserWarning, match=written) as warned:
         history = train(model, loaders, device, 4, checkpoint_path="run.pt")
+    assert "interrupted" in str(warned[-1].message)
     assert (history.status, len(history.test), done()) == ("interrupted", 4, 3)
     assert [path.name for path in Path().iterdir()] == ["run.pt"]
 
