@@ -198,4 +198,4 @@ def test_the_readme_shows_its_pictures_and_its_table(notebook):
     readme, rows = (REPOSITORY / "README.md").read_text(), re.findall(r"^\| `.*%", notebook.cells[0].source, re.M)
     assert len(rows) == 3 and all(row in readme for row in rows)
     for name, content in pictures(notebook).items():
-        assert f"](benchmarks/{name})" in readme and (REPOSITORY / "benchmarks" / name).read_bytes() == content
+        assert f"]({HOME}/benchmarks/{name})" in readme and (REPOSITORY / "benchmarks" / name).read_bytes() == content
