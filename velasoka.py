@@ -2212,8 +2212,7 @@ def _main(arguments=None):
     try:
         options = _parse(arguments)
         status = _predict_files(options) if options.predict else _train_models(options)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        print(end="", flush=True)
         return status
     except KeyboardInterrupt:
         print("velasoka: interrupted", file=sys.stderr)
@@ -2228,10 +2227,8 @@ def _main(arguments=None):
 
 def _predict_files(options):
     """Name the likeliest classes of the images of `--predict`; with `--synthetic`, those of the drawn pictures."""
-    model, classes = (
-        load_model(MODELS[options.model](), options.load),
-        _SHAPES if options.synthetic else CIFAR10_CLASSES,
-    )
+    model = load_model(MODELS[options.model](), options.load)
+    classes = _SHAPES if options.synthetic else CIFAR10_CLASSES
     for path in options.predict:
         found = _classify(model, path, options.device, classes=classes)
         _say(f"{path}: " + ", ".join(f"{name} {percent:.1f}%" for name, percent in found.items()))
@@ -2241,10 +2238,10 @@ def _predict_files(options):
 def _train_models(options):
     """Train what the options name, compare if these are several models; return the exit status."""
     dataset, is_instead = _find_data(options)
-    suffix, histories, rows = dataset[0]._suffix, {}, []
+    suffix, instead, histories, rows = dataset[0]._suffix, "-synthetic" * is_instead, {}, []
     for name in MODELS if options.model == "all" else [options.model]:
         # of several models, or of drawn pictures instead, files do not take each other's name
-        end = f"-{name}" * (options.model == "all") + "-synthetic" * is_instead
+        end = f"-{name}" * (options.model == "all") + instead
         history, row = _train(name, dataset, options, end)
         histories[name + suffix], rows = history, rows + [row] * bool(history.test)
         if history.status == "interrupted":
@@ -2256,7 +2253,7 @@ def _train_models(options):
     if history.status == "interrupted":
         return 130
     if options.figures:
-        _write_figure(plot_history(histories), options.figures / f"curves{'-synthetic' * is_instead}.png")
+        _write_figure(plot_history(histories), options.figures / f"curves{instead}.png")
     if is_instead:
         way_out = "see the reasons above, or name a folder that has it with --data DIR"
         _say(f"CIFAR-10 was unavailable: these were drawn pictures (not CIFAR-10). To get it, {way_out}.")
@@ -2285,15 +2282,19 @@ def _train(name, dataset, options, end):
     """Train one model as the options say, say how it ended, write its files; its history, and what to compare."""
     seed_everything(options.seed)
     model, device = MODELS[name](), options.device
-    title, view, parameters = name + dataset[0]._suffix, receptive_field(model)[-1], count_parameters(model)
-    _say(f"{title}: {parameters:,} parameters, receptive field {view['receptive_field']}, on {device}")
+    parameters, view, suffix = (
+        count_parameters(model),
+        receptive_field(model)[-1]["receptive_field"],
+        dataset[0]._suffix,
+    )
+    _say(f"{name}{suffix}: {parameters:,} parameters, receptive field {view}, on {device}")
     loaders = get_cifar10_data_loader(dataset, options.batch_size, device=device, seed=options.seed)
     checkpoint, save = (path and path.with_stem(path.stem + end) for path in (options.checkpoint, options.save))
     is_new = checkpoint and not checkpoint.exists()
     stops = {"target_accuracy": options.target, "checkpoint_path": checkpoint, "resume": options.resume}
     optimizer = get_muon_optimizer(model, batch_size=options.batch_size)
     history = start_cnn(model, optimizer, get_ce_loss(), loaders, device, options.epochs, **stops)
-    ended, seconds = f"{title}: {history.status}, {len(history.test)} of {options.epochs} epochs", 0
+    ended, seconds = f"{name}{suffix}: {history.status}, {len(history.test)} of {options.epochs} epochs", 0
     if history.test:
         seconds, accuracy = sum(result.seconds for result in history.train + history.test), history.test[-1].accuracy
         ended += f" in {seconds:.0f} s, test accuracy {accuracy:.2f}%, at best {history.best_accuracy:.2f}%"
@@ -2309,10 +2310,10 @@ def _train(name, dataset, options, end):
     if options.figures and history.status != "interrupted":
         (logits, labels), test = predict(model, loaders[1], device), dataset[1]
         figure = plot_confusion_matrix(labels, logits.argmax(1), test.classes)
-        _write_figure(figure, options.figures / f"confusion-matrix{end}.png", dataset[0]._suffix)
+        _write_figure(figure, options.figures / f"confusion-matrix{end}.png", suffix)
         figure = show_misclassified(test.data, labels, logits, test.classes)
-        _write_figure(figure, options.figures / f"mistakes{end}.png", dataset[0]._suffix)
-    return history, (name, parameters, view["receptive_field"], history.test and accuracy, seconds)
+        _write_figure(figure, options.figures / f"mistakes{end}.png", suffix)
+    return history, (name, parameters, view, history.test and accuracy, seconds)
 
 
 def _say(text):

@@ -33,8 +33,8 @@ def _pool_last(*stages):
     return nn.Sequential(*(layer for stage in stages for layer in stage), nn.MaxPool2d(2, ceil_mode=True))
 
 
-def _sgd(model, batch_size):
-    return velasoka.get_sgd_optimizer(model, velasoka._PEAK_LR * (batch_size / velasoka._BATCH_SIZE) ** 0.5)
+def _sgd(model, batch_size, get_optimizer=velasoka.get_muon_optimizer):
+    return velasoka.get_sgd_optimizer(model, get_optimizer(model, batch_size=batch_size).defaults["lr"])
 
 
 def _one_rate(model, batch_size, get_optimizer=velasoka.get_muon_optimizer):

@@ -66,7 +66,7 @@ def test_an_interrupt_says_in_one_line_what_the_model_holds_and_what_is_kept(mod
     assert interrupt(after_one) == held
     assert interrupt(after_one, checkpoint_path="run.pt") == held + kept
     first = "Interrupted in epoch 1 of 3 (not CIFAR-10): the model has what it has learnt so far"
-    assert interrupt(1, checkpoint_path="run.pt", resume=True) == held.replace("epoch 2", "epoch 2") + kept
+    assert interrupt(1, checkpoint_path="run.pt", resume=True) == held + kept
     with pytest.warns(UserWarning, match="will be overwritten"):
         assert interrupt(1, checkpoint_path="run.pt") == first  # the file is another run's
     assert interrupt(1) == first
