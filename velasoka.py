@@ -447,7 +447,7 @@ class History:
 
     def __repr__(self):
         best = f", best test accuracy {self.best_accuracy:.2f}% in epoch {self.best_epoch}" if self.best_epoch else ""
-        return f"History({self.status} after {len(self.test)} epochs{best})"
+        return f"History({self.status} after {len(self.test)} epoch{'s' * (len(self.test) != 1)}{best})"
 
 
 def train_cnn(
@@ -954,7 +954,7 @@ class _Run:
             why += f"; the model has the weights of epoch {history.best_epoch}, the error's .history the results so far"
         if history.status == "interrupted":
             held = f"the weights of epoch {history.best_epoch}, the best" if self.best else "what it has learnt so far"
-            kept = f"; {self.path} has all that a resumed run needs" if self.is_kept else ""
+            kept = f"; resume=True (--resume) continues from {self.path}" if self.is_kept else ""
             why = f"{self.suffix}: the model has {held}{kept}"
         if history.status == "interrupted" and self.progress:  # one line, without the source line of a warning
             print(f"Interrupted in {epoch}{why}", flush=True)
@@ -2290,7 +2290,6 @@ def _train(name, dataset, options, end):
     _say(f"{name}{suffix}: {parameters:,} parameters, receptive field {view}, on {device}")
     loaders = get_cifar10_data_loader(dataset, options.batch_size, device=device, seed=options.seed)
     checkpoint, save = (path and path.with_stem(path.stem + end) for path in (options.checkpoint, options.save))
-    is_new = checkpoint and not checkpoint.exists()
     stops = {"target_accuracy": options.target, "checkpoint_path": checkpoint, "resume": options.resume}
     optimizer = get_muon_optimizer(model, batch_size=options.batch_size)
     history = start_cnn(model, optimizer, get_ce_loss(), loaders, device, options.epochs, **stops)
@@ -2298,10 +2297,7 @@ def _train(name, dataset, options, end):
     if history.test:
         seconds, accuracy = sum(result.seconds for result in history.train + history.test), history.test[-1].accuracy
         ended += f" in {seconds:.0f} s, test accuracy {accuracy:.2f}%, at best {history.best_accuracy:.2f}%"
-    if history.status == "interrupted":
-        can_resume = checkpoint and checkpoint.exists() and (is_new or options.resume or history.test)
-        ended += "; --resume continues it" if can_resume else ""
-    elif options.target:
+    if options.target and history.status != "interrupted":
         verdict = "reached" if history.status == "target reached" else "missed"
         ended += f": the target of {options.target:g}% is {verdict}"
     _say(ended)

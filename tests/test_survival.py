@@ -61,7 +61,7 @@ def test_an_interrupt_says_in_one_line_what_the_model_holds_and_what_is_kept(mod
         train(model, (breaking, loaders[1]), device, 3, progress=True, **options)
         return capsys.readouterr().out.splitlines()[-1]
 
-    after_one, kept = len(loaders[0]) + 2, "; run.pt has all that a resumed run needs"
+    after_one, kept = len(loaders[0]) + 2, "; resume=True (--resume) continues from run.pt"
     held = "Interrupted in epoch 2 of 3 (not CIFAR-10): the model has the weights of epoch 1, the best"
     assert interrupt(after_one) == held
     assert interrupt(after_one, checkpoint_path="run.pt") == held + kept
