@@ -957,7 +957,7 @@ class _Run:
             kept = f"; resume=True (--resume) continues from {self.path}" if self.is_kept else ""
             why = f"{self.suffix}: the model has {held}{kept}"
         if history.status == "interrupted" and self.progress:  # one line, without the source line of a warning
-            print(f"Interrupted in {epoch}{why}", flush=True)
+            _say(f"Interrupted in {epoch}{why}")
         elif history.status != "failed" or (history.test and not isinstance(error, BrokenPipeError)):
             warnings.warn(f"{history.status} in {epoch}{why}", stacklevel=6)
 
