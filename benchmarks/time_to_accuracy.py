@@ -64,7 +64,8 @@ def main():
         for target, (seconds, accuracy) in ((options.target, first[-1]), (first[:4][-1][1], first[:4][-1])):
             bound = "" if accuracy >= target else "over "
             reached = f"{ours['seconds']:.1f}" if ours["accuracy"] >= target else "not reached"
-            ratio = f"{bound}{seconds / ours['seconds']:.0f}" if ours["accuracy"] >= target else "–"
+            ratio = seconds / ours["seconds"]
+            ratio = f"{bound}{int(ratio) if bound else round(ratio)}" if ours["accuracy"] >= target else "–"
             lines.append(f"| {name} | {target:.2f} | {reached} | {bound}{seconds:.0f} | {ratio} |")
     print("\n".join(lines))
 
