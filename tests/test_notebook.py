@@ -245,7 +245,7 @@ def test_the_committed_file_is_a_whole_run_that_any_page_can_show(notebook):
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     kinds = {kind for output in outputs for kind in output.get("data", {})}
     assert {output.output_type for output in outputs} <= {"stream", "display_data", "execute_result"}
-    assert kinds == {"text/plain", "image/png"}
+    assert kinds == {"text/plain", "image/png", "image/jpeg"}
     assert notebook.metadata.run.sources_sha256 == digest(notebook)  # what is shown is what was run
     text = printed(notebook)
     assert text.count("  met\n") == 8 and "NOT MET" not in text
