@@ -179,7 +179,8 @@ def test_what_is_made_here_has_a_short_repr(pictures, loaders):
         *((dataset, len(dataset)) for dataset in pictures),
         *((loader, len(loader)) for loader in loaders),
         *((loader.dataset, len(loader.dataset)) for loader in loaders),
-        (velasoka.History(results, results, "completed", 50.25, 1), "50.25"),
+        (velasoka.History(results, results, "completed", 50.25, 1), "30 epochs"),
+        (velasoka.History(results[:1], results[:1]), "1 epoch"),
         (velasoka.History(), "History"),
     ]:
         text = repr(thing)
