@@ -2281,12 +2281,8 @@ def _find_data(options):
 def _train(name, dataset, options, end):
     """Train one model as the options say, say how it ended, write its files; its history, and what to compare."""
     seed_everything(options.seed)
-    model, device = MODELS[name](), options.device
-    parameters, view, suffix = (
-        count_parameters(model),
-        receptive_field(model)[-1]["receptive_field"],
-        dataset[0]._suffix,
-    )
+    model, device, suffix = MODELS[name](), options.device, dataset[0]._suffix
+    parameters, view = count_parameters(model), receptive_field(model)[-1]["receptive_field"]
     _say(f"{name}{suffix}: {parameters:,} parameters, receptive field {view}, on {device}")
     loaders = get_cifar10_data_loader(dataset, options.batch_size, device=device, seed=options.seed)
     checkpoint, save = (path and path.with_stem(path.stem + end) for path in (options.checkpoint, options.save))

@@ -221,9 +221,8 @@ def test_an_interrupt_keeps_the_checkpoint_to_resume_from(run, monkeypatch, tmp_
     assert status == 130
     assert errors == ""
     assert printed.count("nterrupted in epoch 2 of 3") == 1
-    assert (
-        printed.count(f"the weights of epoch 1, the best; resume=True (--resume) continues from {arguments[-1]}") == 1
-    )
+    kept = f"the weights of epoch 1, the best; resume=True (--resume) continues from {arguments[-1]}"
+    assert printed.count(kept) == 1
     assert "interrupted, 1 of 3 epochs" in printed.splitlines()[-1]
     status, printed, _ = run(*arguments, "--resume")
     assert status == 0
