@@ -29,18 +29,20 @@ from tqdm import tqdm
 import velasoka
 
 
-def _pool_last(*stages):
-    return nn.Sequential(*(layer for stage in stages for layer in stage), nn.MaxPool2d(2, ceil_mode=True))
+def _pool_last(*layers):
+    return nn.Sequential(*layers, nn.MaxPool2d(2, ceil_mode=True))
 
 
 def _sgd(model, batch_size, get_optimizer=velasoka.get_muon_optimizer):
-    return velasoka.get_sgd_optimizer(model, get_optimizer(model, batch_size=batch_size).defaults["lr"])
+    return velasoka.get_sgd_optimizer(
+        model, get_optimizer(model, batch_size=batch_size).defaults["lr"]
+    )
 
 
 def _one_rate(model, batch_size, get_optimizer=velasoka.get_muon_optimizer):
     optimizer = get_optimizer(model, batch_size=batch_size)
     for group in optimizer.param_groups[1:]:
-        group["lr_scale"] = velasoka._OTHER
+        group["lr_scale"] = velasoka._OTHER_LR_SCALE
     return optimizer
 
 
@@ -52,12 +54,16 @@ class _AlwaysShifted(velasoka._DeviceDataset):
 KEYS = "epochs", "model", "batch_size", "without", "seed"  # what tells a run from the others
 WITHOUT = {  # what stands in for which parts of velasoka.py to leave a technique out
     "nothing": {},
-    "mirrored-channels": {"_mirrored": lambda layer, dims=(): layer},
+    "mirrored-channels": {"_with_mirror": lambda parameter, dims: parameter},
     "pool-before-norm": {"_block": _pool_last},
     "muon": {"get_muon_optimizer": _sgd},
     "fast-biases": {"get_muon_optimizer": _one_rate},
     "label-smoothing": {"get_ce_loss": nn.CrossEntropyLoss},
-    "decay": {"_triangular_schedule": lambda optimizer, steps: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)},
+    "decay": {
+        "_triangular_schedule": lambda optimizer, steps: torch.optim.lr_scheduler.ConstantLR(
+            optimizer, 1.0
+        )
+    },
     "first-epoch-unshifted": {"_DeviceDataset": _AlwaysShifted},
     "shifts": {"_MAX_SHIFT": 0},
 }
@@ -66,10 +72,18 @@ WITHOUT = {  # what stands in for which parts of velasoka.py to leave a techniqu
 def machine():
     """What a figure depends on: the machine, its precision, torch, and the code."""
     device = velasoka.get_available_device()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
     code = hashlib.sha256(Path(velasoka.__file__).read_bytes()).hexdigest()[:12]
-    return {"device": f"{device}: {name}", "cores": os.cpu_count(), "python": platform.python_version()} | {
-        "precision": str(velasoka._precision(device)),
+    return {
+        "device": f"{device}: {name}",
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    } | {
+        "precision": str(velasoka._fastest_precision(device)),
         "torch": torch.__version__,
         "velasoka": f"{velasoka.__version__}, sha256 {code}",
     }
@@ -77,7 +91,9 @@ def machine():
 
 def held_out(dataset, size=5000):
     """`(train, held-out)`: the training set in two parts, always the same."""
-    order = torch.randperm(len(dataset[0]), generator=torch.Generator().manual_seed(velasoka.SEED)).tolist()
+    order = torch.randperm(
+        len(dataset[0]), generator=torch.Generator().manual_seed(velasoka.SEED)
+    ).tolist()
     return Subset(dataset[0], order[size:]), Subset(dataset[0], order[:size])
 
 
@@ -85,10 +101,20 @@ def peak_memory():
     """The most memory in MB that this process has used so far, of the GPU's where it computes there."""
     if velasoka.get_available_device().type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        1e6 if sys.platform == "darwin" else 1e3
+    )
 
 
-def run(dataset, epochs, name, batch_size=velasoka._BATCH_SIZE, without="nothing", seed=velasoka.SEED, tta=False):
+def run(
+    dataset,
+    epochs,
+    name,
+    batch_size=velasoka._BATCH_SIZE,
+    without="nothing",
+    seed=velasoka.SEED,
+    tta=False,
+):
     """Train one model from one seed; its final accuracies in percent, and the seconds of its training."""
     kind = dict(zip(KEYS, (epochs, name, batch_size, without, seed), strict=True))
     with mock.patch.multiple(velasoka, **WITHOUT[without]) if WITHOUT[without] else nullcontext():
@@ -99,15 +125,23 @@ def _run(dataset, epochs, name, batch_size, seed, tta):
     velasoka.seed_everything(seed)
     device, model = velasoka.get_available_device(), velasoka.MODELS[name]()
     loaders = velasoka.get_cifar10_data_loader(dataset, batch_size, device=device, seed=seed)
-    optimizer, loss_fn = velasoka.get_muon_optimizer(model, batch_size=batch_size), velasoka.get_ce_loss()
+    optimizer, loss_fn = (
+        velasoka.get_muon_optimizer(model, batch_size=batch_size),
+        velasoka.get_ce_loss(),
+    )
     with redirect_stdout(sys.stderr):  # the bars of each epoch; standard output is the table's
         history = velasoka.start_cnn(model, optimizer, loss_fn, loaders, device, epochs)
     if history.status != "completed":
         raise SystemExit(f"{name}, seed {seed}: {history.status}")
     result = {"accuracy": history.test[-1].accuracy}
     if tta:
-        result["tta"] = velasoka.test_cnn(model, loaders[1], device, tta=True, progress=False).accuracy
-    return result | {"seconds": sum(epoch.seconds for epoch in history.train), "peak_memory_mb": peak_memory()}
+        result["tta"] = velasoka.test_cnn(
+            model, loaders[1], device, tta=True, progress=False
+        ).accuracy
+    return result | {
+        "seconds": sum(epoch.seconds for epoch in history.train),
+        "peak_memory_mb": peak_memory(),
+    }
 
 
 def keep(about, results, path):
@@ -124,7 +158,9 @@ def table(results):
     kinds = [tuple(result[key] for key in KEYS[:-1]) for result in results]
     for kind in dict.fromkeys(kinds):
         rows = [result for result, its_kind in zip(results, kinds, strict=True) if its_kind == kind]
-        plain, tta, seconds = ([row[key] for row in rows if key in row] for key in ("accuracy", "tta", "seconds"))
+        plain, tta, seconds = (
+            [row[key] for row in rows if key in row] for key in ("accuracy", "tta", "seconds")
+        )
         cost = f"{statistics.mean(seconds):.0f}", f"{rows[-1]['peak_memory_mb']:.0f}"
         cells = [*kind, len(rows), spread(plain), f"{min(plain):.2f}", spread(tta), *cost]
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -135,32 +171,60 @@ def spread(values):
     """Mean ± sample standard deviation."""
     if not values:
         return "–"
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+    return f"{statistics.mean(values):.2f}" + (
+        f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    )
 
 
 def main():
     """Run what the options ask for, write the JSON after every run, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="./data", help="as for velasoka.py (default: %(default)s)")
-    parser.add_argument("--models", nargs="+", choices=velasoka.MODELS, default=list(velasoka.MODELS))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", default="./data", help="as for velasoka.py (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--models", nargs="+", choices=velasoka.MODELS, default=list(velasoka.MODELS)
+    )
     parser.add_argument("--epochs", nargs="+", type=int, default=[1])
     size = velasoka._BATCH_SIZE
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[size], help=f"images a step (default: {size})")
+    parser.add_argument(
+        "--batch-sizes",
+        nargs="+",
+        type=int,
+        default=[size],
+        help=f"images a step (default: {size})",
+    )
     parser.add_argument("--seeds", type=int, default=5, help="how many (default: %(default)s)")
     parser.add_argument("--tta", action="store_true", help="also with test-time augmentation")
-    parser.add_argument("--held-out", action="store_true", help="report on 5,000 training images not trained on")
+    parser.add_argument(
+        "--held-out", action="store_true", help="report on 5,000 training images not trained on"
+    )
     left_out = {"nargs": "*", "choices": WITHOUT, "default": ["nothing"]}
-    parser.add_argument("--without", **left_out, help="leave out each of these in turn; none named: of all")
-    parser.add_argument("--json", type=Path, default=Path("accuracy.json"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--without", **left_out, help="leave out each of these in turn; none named: of all"
+    )
+    parser.add_argument(
+        "--json", type=Path, default=Path("accuracy.json"), help="(default: %(default)s)"
+    )
     options = parser.parse_args()
-    about = machine() | {"data": Path(options.data).resolve().name, "held_out": options.held_out, "tta": options.tta}
+    about = machine() | {
+        "data": Path(options.data).resolve().name,
+        "held_out": options.held_out,
+        "tta": options.tta,
+    }
     try:
         found = json.loads(options.json.read_text()) if options.json.exists() else about
         results = found.pop("results", [])
     except (ValueError, AttributeError, TypeError):
-        parser.error(f"--json {options.json} exists and is not of this benchmark: name another file")
+        parser.error(
+            f"--json {options.json} exists and is not of this benchmark: name another file"
+        )
     if found != about:
-        parser.error(f"--json {options.json} holds runs of {found}, these are of {about}: name another file")
+        parser.error(
+            f"--json {options.json} holds runs of {found}, these are of {about}: name another file"
+        )
     with redirect_stdout(sys.stderr):
         dataset = velasoka.get_cifar10_dataset(root=options.data)
     dataset = held_out(dataset) if options.held_out else dataset

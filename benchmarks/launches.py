@@ -30,9 +30,13 @@ class CountLaunches(TorchDispatchMode):
 def count(name):
     """The launches of a step of the model called `name`: of its loader, of its optimiser, and of the whole."""
     device, model = velasoka.get_available_device(), velasoka.MODELS[name]()
-    loader, _ = velasoka.get_cifar10_data_loader(velasoka.get_synthetic_dataset(256, 64), device=device)
+    loader, _ = velasoka.get_cifar10_data_loader(
+        velasoka.get_synthetic_dataset(256, 64), device=device
+    )
     optimizer, loss_fn = velasoka.get_muon_optimizer(model), velasoka.get_ce_loss()
-    velasoka.train_cnn(model, loader, loss_fn, optimizer, device, progress=False)  # makes the momentum
+    velasoka.train_cnn(
+        model, loader, loss_fn, optimizer, device, progress=False
+    )  # makes the momentum
     with CountLaunches() as of_whole:
         velasoka.train_cnn(model, loader, loss_fn, optimizer, device, progress=False)
     with CountLaunches() as of_start:  # once an epoch

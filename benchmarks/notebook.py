@@ -30,7 +30,9 @@ def execute(notebook, folder):
     metadata, place = copy.deepcopy(notebook.metadata), {"metadata": {"path": folder}}
     options = {"kernel_name": "python3", "coalesce_streams": True, "record_timing": False}
     inline = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    NotebookClient(notebook, resources=place, timeout=3600, **options).execute(env=os.environ | inline)
+    NotebookClient(notebook, resources=place, timeout=3600, **options).execute(
+        env=os.environ | inline
+    )
     notebook.metadata = metadata  # the run adds what kernel it had
 
 
@@ -43,13 +45,20 @@ def digest(notebook):
 def pictures(notebook):
     """The PNG files that the README shows, by name, as bytes."""
     outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
-    return {name: base64.b64decode(outputs[cell][0].data["image/png"]) for cell, name in PICTURES.items()}
+    return {
+        name: base64.b64decode(outputs[cell][0].data["image/png"])
+        for cell, name in PICTURES.items()
+    }
 
 
 def main():
     """Run the notebook and write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data"), help="as for velasoka.py (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path("data"), help="as for velasoka.py (default: %(default)s)"
+    )
     options = parser.parse_args()
     if not options.data.is_dir():
         parser.error(f"--data {str(options.data)!r}: no such folder")
@@ -62,7 +71,9 @@ def main():
     nbformat.write(notebook, NOTEBOOK)
     for name, content in pictures(notebook).items():
         (REPOSITORY / "benchmarks" / name).write_bytes(content)
-    print(f"{NOTEBOOK.name}: run and written, {time.perf_counter() - start:.0f} s; do its first cell's words hold?")
+    print(
+        f"{NOTEBOOK.name}: run and written, {time.perf_counter() - start:.0f} s; do its first cell's words hold?"
+    )
 
 
 if __name__ == "__main__":
