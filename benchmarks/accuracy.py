@@ -1,11 +1,11 @@
-"""Test accuracy by model, number of epochs and batch size: mean and deviation over seeds, as a table and as JSON.
+"""Test accuracy by model, epochs and batch size, over several seeds, as a table and as JSON.
 
     python -m benchmarks.accuracy --data DIR --epochs 1 10 --seeds 5
 
-Everything is the default of `velasoka.py`, plain accuracy on the whole test set. `--held-out` is for choosing
-hyperparameters: it trains on 45,000 of the training images and reports on the other 5,000. `--without` leaves one
-technique of the recipe out, to see what it gives. Stopped and started again, it continues with the runs that its JSON
-does not have.
+Everything is the default of `velasoka.py`, plain accuracy on the whole test set. `--held-out` is
+for choosing hyperparameters: it trains on 45,000 of the training images and reports on the other
+5,000. `--without` leaves one technique of the recipe out, to see what it gives. Stopped and
+started again, it continues with the runs that its JSON does not have.
 """
 
 import argparse
@@ -34,9 +34,8 @@ def _pool_last(*layers):
 
 
 def _sgd(model, batch_size, get_optimizer=velasoka.get_muon_optimizer):
-    return velasoka.get_sgd_optimizer(
-        model, get_optimizer(model, batch_size=batch_size).defaults["lr"]
-    )
+    lr = get_optimizer(model, batch_size=batch_size).defaults["lr"]
+    return velasoka.get_sgd_optimizer(model, lr)
 
 
 def _one_rate(model, batch_size, get_optimizer=velasoka.get_muon_optimizer):
@@ -44,6 +43,10 @@ def _one_rate(model, batch_size, get_optimizer=velasoka.get_muon_optimizer):
     for group in optimizer.param_groups[1:]:
         group["lr_scale"] = velasoka._OTHER_LR_SCALE
     return optimizer
+
+
+def _constant_rate(optimizer, num_steps):
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
 
 
 class _AlwaysShifted(velasoka._DeviceDataset):
@@ -59,11 +62,7 @@ WITHOUT = {  # what stands in for which parts of velasoka.py to leave a techniqu
     "muon": {"get_muon_optimizer": _sgd},
     "fast-biases": {"get_muon_optimizer": _one_rate},
     "label-smoothing": {"get_ce_loss": nn.CrossEntropyLoss},
-    "decay": {
-        "_triangular_schedule": lambda optimizer, steps: torch.optim.lr_scheduler.ConstantLR(
-            optimizer, 1.0
-        )
-    },
+    "decay": {"_triangular_schedule": _constant_rate},
     "first-epoch-unshifted": {"_DeviceDataset": _AlwaysShifted},
     "shifts": {"_MAX_SHIFT": 0},
 }
@@ -72,17 +71,13 @@ WITHOUT = {  # what stands in for which parts of velasoka.py to leave a techniqu
 def machine():
     """What a figure depends on: the machine, its precision, torch, and the code."""
     device = velasoka.get_available_device()
-    name = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
+    processor = platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else processor
     code = hashlib.sha256(Path(velasoka.__file__).read_bytes()).hexdigest()[:12]
     return {
         "device": f"{device}: {name}",
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-    } | {
         "precision": str(velasoka._fastest_precision(device)),
         "torch": torch.__version__,
         "velasoka": f"{velasoka.__version__}, sha256 {code}",
@@ -91,19 +86,17 @@ def machine():
 
 def held_out(dataset, size=5000):
     """`(train, held-out)`: the training set in two parts, always the same."""
-    order = torch.randperm(
-        len(dataset[0]), generator=torch.Generator().manual_seed(velasoka.SEED)
-    ).tolist()
+    generator = torch.Generator().manual_seed(velasoka.SEED)
+    order = torch.randperm(len(dataset[0]), generator=generator).tolist()
     return Subset(dataset[0], order[size:]), Subset(dataset[0], order[:size])
 
 
 def peak_memory():
-    """The most memory in MB that this process has used so far, of the GPU's where it computes there."""
+    """The most memory in MB that this process has used so far; on a GPU, the GPU's."""
     if velasoka.get_available_device().type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        1e6 if sys.platform == "darwin" else 1e3
-    )
+    unit = 1 if sys.platform == "darwin" else 1000  # bytes there, kB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def run(
@@ -115,7 +108,7 @@ def run(
     seed=velasoka.SEED,
     tta=False,
 ):
-    """Train one model from one seed; its final accuracies in percent, and the seconds of its training."""
+    """Train one model from one seed; its final accuracies in percent, the seconds of training."""
     kind = dict(zip(KEYS, (epochs, name, batch_size, without, seed), strict=True))
     with mock.patch.multiple(velasoka, **WITHOUT[without]) if WITHOUT[without] else nullcontext():
         return kind | _run(dataset, epochs, name, batch_size, seed, tta)
@@ -123,25 +116,21 @@ def run(
 
 def _run(dataset, epochs, name, batch_size, seed, tta):
     velasoka.seed_everything(seed)
-    device, model = velasoka.get_available_device(), velasoka.MODELS[name]()
+    device = velasoka.get_available_device()
+    model = velasoka.MODELS[name]()
     loaders = velasoka.get_cifar10_data_loader(dataset, batch_size, device=device, seed=seed)
-    optimizer, loss_fn = (
-        velasoka.get_muon_optimizer(model, batch_size=batch_size),
-        velasoka.get_ce_loss(),
-    )
+    optimizer = velasoka.get_muon_optimizer(model, batch_size=batch_size)
+    loss_fn = velasoka.get_ce_loss()
     with redirect_stdout(sys.stderr):  # the bars of each epoch; standard output is the table's
         history = velasoka.start_cnn(model, optimizer, loss_fn, loaders, device, epochs)
     if history.status != "completed":
         raise SystemExit(f"{name}, seed {seed}: {history.status}")
     result = {"accuracy": history.test[-1].accuracy}
     if tta:
-        result["tta"] = velasoka.test_cnn(
-            model, loaders[1], device, tta=True, progress=False
-        ).accuracy
-    return result | {
-        "seconds": sum(epoch.seconds for epoch in history.train),
-        "peak_memory_mb": peak_memory(),
-    }
+        tested = velasoka.test_cnn(model, loaders[1], device, tta=True, progress=False)
+        result["tta"] = tested.accuracy
+    seconds = sum(epoch.seconds for epoch in history.train)
+    return result | {"seconds": seconds, "peak_memory_mb": peak_memory()}
 
 
 def keep(about, results, path):
@@ -171,60 +160,41 @@ def spread(values):
     """Mean ± sample standard deviation."""
     if not values:
         return "–"
-    return f"{statistics.mean(values):.2f}" + (
-        f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    )
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
 
 
 def main():
     """Run what the options ask for, write the JSON after every run, print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data", default="./data", help="as for velasoka.py (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--models", nargs="+", choices=velasoka.MODELS, default=list(velasoka.MODELS)
-    )
-    parser.add_argument("--epochs", nargs="+", type=int, default=[1])
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
     size = velasoka._BATCH_SIZE
-    parser.add_argument(
-        "--batch-sizes",
-        nargs="+",
-        type=int,
-        default=[size],
-        help=f"images a step (default: {size})",
-    )
-    parser.add_argument("--seeds", type=int, default=5, help="how many (default: %(default)s)")
-    parser.add_argument("--tta", action="store_true", help="also with test-time augmentation")
-    parser.add_argument(
-        "--held-out", action="store_true", help="report on 5,000 training images not trained on"
-    )
+    models = list(velasoka.MODELS)
+    add("--data", default="./data", help="as for velasoka.py (default: %(default)s)")
+    add("--models", nargs="+", choices=models, default=models)
+    add("--epochs", nargs="+", type=int, default=[1])
+    images = f"images a step (default: {size})"
+    add("--batch-sizes", nargs="+", type=int, default=[size], help=images)
+    add("--seeds", type=int, default=5, help="how many (default: %(default)s)")
+    add("--tta", action="store_true", help="also with test-time augmentation")
+    held = "report on 5,000 training images not trained on"
+    add("--held-out", action="store_true", help=held)
     left_out = {"nargs": "*", "choices": WITHOUT, "default": ["nothing"]}
-    parser.add_argument(
-        "--without", **left_out, help="leave out each of these in turn; none named: of all"
-    )
-    parser.add_argument(
-        "--json", type=Path, default=Path("accuracy.json"), help="(default: %(default)s)"
-    )
+    add("--without", **left_out, help="leave out each of these in turn; none named: of all")
+    add("--json", type=Path, default=Path("accuracy.json"), help="(default: %(default)s)")
     options = parser.parse_args()
-    about = machine() | {
-        "data": Path(options.data).resolve().name,
-        "held_out": options.held_out,
-        "tta": options.tta,
-    }
+    data = Path(options.data).resolve().name
+    about = machine() | {"data": data, "held_out": options.held_out, "tta": options.tta}
+    way_out = "name another file"
     try:
         found = json.loads(options.json.read_text()) if options.json.exists() else about
         results = found.pop("results", [])
     except (ValueError, AttributeError, TypeError):
-        parser.error(
-            f"--json {options.json} exists and is not of this benchmark: name another file"
-        )
+        parser.error(f"--json {options.json} exists and is not of this benchmark: {way_out}")
     if found != about:
-        parser.error(
-            f"--json {options.json} holds runs of {found}, these are of {about}: name another file"
-        )
+        what = f"holds runs of {found}, these are of {about}"
+        parser.error(f"--json {options.json} {what}: {way_out}")
     with redirect_stdout(sys.stderr):
         dataset = velasoka.get_cifar10_dataset(root=options.data)
     dataset = held_out(dataset) if options.held_out else dataset

@@ -1,9 +1,10 @@
-"""Launches of one training step by where they come from: what the host asks of a GPU, counted without one.
+"""Launches of one training step by where they come from, counted without a GPU.
 
     python -m benchmarks.launches
 
-A GPU computes a step of these networks faster than the host can ask for it, so an epoch takes as long as its launches.
-Counted are the operations that torch dispatches, views left out, in a step of `train_cnn` with the default batch.
+A GPU computes a step of these networks faster than the host can ask for it, so an epoch takes as
+long as its launches. Counted are the operations that torch dispatches, views left out, in a step
+of `train_cnn` with the default batch.
 """
 
 from collections import Counter
@@ -21,27 +22,23 @@ class CountLaunches(TorchDispatchMode):
         self.launches = Counter()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        """Run `operation`, and count it unless it makes a view or only marks a place in a profile."""
+        """Run `operation`, and count it unless it makes a view or only marks a profile."""
         if not operation.is_view and operation.namespace != "profiler":
             self.launches[str(operation)] += 1
         return operation(*args, **kwargs or {})
 
 
 def count(name):
-    """The launches of a step of the model called `name`: of its loader, of its optimiser, and of the whole."""
-    device, model = velasoka.get_available_device(), velasoka.MODELS[name]()
-    loader, _ = velasoka.get_cifar10_data_loader(
-        velasoka.get_synthetic_dataset(256, 64), device=device
-    )
-    optimizer, loss_fn = velasoka.get_muon_optimizer(model), velasoka.get_ce_loss()
-    velasoka.train_cnn(
-        model, loader, loss_fn, optimizer, device, progress=False
-    )  # makes the momentum
+    """The launches of a step of the model `name`: of its loader, its optimiser, and the whole."""
+    device = velasoka.get_available_device()
+    model = velasoka.MODELS[name]()
+    dataset = velasoka.get_synthetic_dataset(256, 64)
+    loader, _ = velasoka.get_cifar10_data_loader(dataset, device=device)
+    optimizer = velasoka.get_muon_optimizer(model)
+    arguments = model, loader, velasoka.get_ce_loss(), optimizer, device
+    velasoka.train_cnn(*arguments, progress=False)  # makes the momentum
     with CountLaunches() as of_whole:
-        velasoka.train_cnn(model, loader, loss_fn, optimizer, device, progress=False)
-    with CountLaunches() as of_start:  # once an epoch
-        velasoka._prepare_training(model)
-    of_whole.launches -= of_start.launches
+        velasoka.train_cnn(*arguments, progress=False)
     with CountLaunches() as of_loader:
         list(loader)
     with CountLaunches() as of_optimizer:

@@ -1,4 +1,4 @@
-"""What several test files need: the device, small data sets, small models."""
+"""What several test files need: the device, small data sets, small models, short runs."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from torch import nn
 import velasoka
 
 QUIET = {"progress": False}
-torch.set_num_threads(1)  # the tensors are tiny; on a busy machine more threads wait for each other for minutes
+torch.set_num_threads(1)  # the tensors are tiny; more threads would wait for each other
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +39,7 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def pictures():
-    """A small synthetic pair of datasets."""
+    """A small synthetic pair of data sets."""
     return velasoka.get_synthetic_dataset(200, 70)
 
 
@@ -51,13 +51,6 @@ def loaders(pictures, device):
 @pytest.fixture
 def model():
     return velasoka.DilatedDepthwiseModel(fm_size=4)
-
-
-class Bomb:
-    """To unpickle it without care creates a file named `exploded`."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("exploded"),)
 
 
 def random_images(number, seed=0):
@@ -76,7 +69,8 @@ def save_images(folder, images, labels):
 def image_folders(tmp_path):
     """Image folders of 3 training and 2 test images a class."""
     for split, number in (("train", 3), ("test", 2)):
-        save_images(tmp_path / split, random_images(10 * number, seed=number), np.repeat(range(10), number))
+        labels = np.repeat(range(10), number)
+        save_images(tmp_path / split, random_images(len(labels), seed=number), labels)
     return tmp_path
 
 
@@ -87,28 +81,29 @@ def batches_folder(tmp_path):
     folder.mkdir()
     for index, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
         images = random_images(6 if name == "test_batch" else 4, seed=index)
-        labels = list(np.arange(index, index + len(images)) % 10)  # as NumPy's integers, as generated data often are
+        labels = [(index + number) % 10 for number in range(len(images))]
         batch = {"data": images.transpose(0, 3, 1, 2).reshape(-1, 3072), "labels": labels}
         (folder / name).write_bytes(pickle.dumps(batch))
+    meta = {"label_names": list(velasoka.CIFAR10_CLASSES)}
+    (folder / "batches.meta").write_bytes(pickle.dumps(meta))
     return tmp_path
 
 
-@pytest.fixture
-def float16(monkeypatch):
-    monkeypatch.setattr(velasoka, "_precision", lambda device: torch.float16)
+class Bomb:
+    """To unpickle it without care creates a file named `exploded`."""
 
-
-def overflowing(loss_fn, at):
-    """`loss_fn`, infinite at the calls whose numbers, counted from 0, are in `at`."""
-    calls = itertools.count()
-    return lambda logits, labels: loss_fn(logits, labels) * (math.inf if next(calls) in at else 1)
+    def __reduce__(self):
+        return Path.touch, (Path("exploded"),)
 
 
 class Breaking:
-    """A loader that raises `error`, or calls it, before batch `at`, counted from 0 over all epochs."""
+    """A loader that raises `error`, or calls it, before batch `at`, counted over all epochs."""
 
     def __init__(self, loader, error, at):
-        self.loader, self.error, self.at, self.count = loader, error, at, 0
+        self.loader = loader
+        self.error = error
+        self.at = at
+        self.count = 0
 
     def __getattr__(self, name):
         return getattr(self.loader, name)
@@ -126,19 +121,20 @@ class Breaking:
             yield batch
 
 
-def train(model, loaders, device, epochs=2, **options):
-    optimizer = velasoka.get_muon_optimizer(model)
-    return velasoka.start_cnn(model, optimizer, velasoka.get_ce_loss(), loaders, device, epochs, **QUIET | options)
-
-
-def weights_of(model):
-    return torch.cat([tensor.flatten().double().cpu() for tensor in model.state_dict().values()])
+def overflowing(loss_fn, at):
+    """`loss_fn`, infinite at the calls whose numbers, counted from 0, are in `at`."""
+    calls = itertools.count()
+    return lambda logits, labels: loss_fn(logits, labels) * (math.inf if next(calls) in at else 1)
 
 
 def random_batches(sizes=(4, 4, 2), seed=0):
+    """Batches of `sizes` random images and labels."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn(size, 3, 32, 32, generator=generator), torch.randint(10, (size,), generator=generator))
+        (
+            torch.randn(size, 3, 32, 32, generator=generator),
+            torch.randint(10, (size,), generator=generator),
+        )
         for size in sizes
     ]
 
@@ -147,25 +143,37 @@ BATCHES = random_batches()  # three
 
 
 def linear_model():
-    """One that learns the random batches, but within ten epochs not so well that its gradients vanish."""
+    """One that learns the random batches, though not within ten epochs."""
     torch.manual_seed(0)
     return nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(192, 10))
-
-
-def conv_model(*more):
-    """Two convolutions with a pool between them, receptive field 8, and what is to follow them."""
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), *more)
 
 
 def sgd(model, lr=0.05, momentum=0.9, **options):
     return torch.optim.SGD(model.parameters(), lr, momentum, **options)
 
 
-def tiny_run(model=None, optimizer=None, loss_fn=None, loaders=(BATCHES, BATCHES), epochs=2, **options):
-    """A run of a linear model on the CPU: its history and its model."""
+def weights_of(model):
+    """All that `model` holds, in one tensor on the CPU."""
+    return torch.cat([value.flatten().double().cpu() for value in model.state_dict().values()])
+
+
+def train(model, loaders, device, epochs=2, **options):
+    """A run with the recipe's optimiser and loss; its history."""
+    optimizer = velasoka.get_muon_optimizer(model)
+    loss_fn = velasoka.get_ce_loss()
+    options = QUIET | options
+    return velasoka.start_cnn(model, optimizer, loss_fn, loaders, device, epochs, **options)
+
+
+def tiny_run(
+    model=None, optimizer=None, loss_fn=None, loaders=(BATCHES, BATCHES), epochs=2, **options
+):
+    """A run of a linear model on the CPU; its history and its model."""
     model = model or linear_model()
-    optimizer, loss_fn = optimizer or sgd(model), loss_fn or nn.CrossEntropyLoss()
-    return velasoka.start_cnn(model, optimizer, loss_fn, loaders, "cpu", epochs, **QUIET | options), model
+    optimizer = optimizer or sgd(model)
+    loss_fn = loss_fn or nn.CrossEntropyLoss()
+    options = QUIET | options
+    return velasoka.start_cnn(model, optimizer, loss_fn, loaders, "cpu", epochs, **options), model
 
 
 def interrupted_at(batch):
@@ -175,15 +183,12 @@ def interrupted_at(batch):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """The tests of a run give 30%, 50% and 40%, the fourth an error; this lists the weights that they see."""
+    """The tests of a run give 30%, 50% and 40%; this lists the weights that they see."""
     accuracies, weights = iter([30.0, 50.0, 40.0]), []
 
     def test_cnn(model, *_, **__):
         weights.append(weights_of(model))
-        accuracy = next(accuracies, None)
-        if accuracy is None:
-            raise ZeroDivisionError
-        return velasoka.EpochResult(1.0, accuracy, 0, 1, 1.0)
+        return velasoka.EpochResult(1.0, next(accuracies), 0, 1, 1.0)
 
     monkeypatch.setattr(velasoka, "test_cnn", test_cnn)
     return weights

@@ -1,30 +1,44 @@
-import importlib
-import math
+"""Files of weights."""
+
+import copy
+import os
 import pickle
-import re
+import threading
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import Bomb, train
-from matplotlib.figure import Figure
+from conftest import Bomb, linear_model, tiny_run, weights_of
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import velasoka
 
-# --- Weights ---
+needs_posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+
+
+@pytest.fixture
+def model():
+    return velasoka.DilatedDepthwiseModel(fm_size=2)
 
 
 def test_weights_come_back_as_they_were_saved(model, device, tmp_path):
     path = tmp_path / "new folder" / "net.pt"
     velasoka.save_model(model.to(device), path)
-    other = velasoka.DilatedDepthwiseModel(fm_size=4)
+    other = velasoka.DilatedDepthwiseModel(fm_size=2)
     assert velasoka.load_model(other, str(path), device) is other
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, other.state_dict()[name])
+    assert torch.equal(weights_of(other), weights_of(model))
     assert next(other.parameters()).device.type == device.type
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_tilde_is_the_home_folder(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # on Windows
+    velasoka.save_model(model, "~/net.pt")
+    assert (tmp_path / "net.pt").is_file()
+    velasoka.load_model(model, "~/net.pt")
 
 
 def test_a_write_that_breaks_off_leaves_the_file_that_was_there(model, tmp_path, monkeypatch):
@@ -42,37 +56,106 @@ def test_a_write_that_breaks_off_leaves_the_file_that_was_there(model, tmp_path,
     assert list(tmp_path.iterdir()) == [path]
 
 
+@needs_posix
+def test_a_symbolic_link_stays_one_and_its_target_is_written(model, tmp_path):
+    target = tmp_path / "drive" / "net.pt"
+    target.parent.mkdir()
+    target.write_bytes(b"old")
+    link = tmp_path / "link.pt"
+    link.symlink_to(target)
+    velasoka.save_model(model, link)
+    assert link.is_symlink()
+    velasoka.load_model(model, target)
+    assert list(target.parent.iterdir()) == [target]
+
+
+@needs_posix
+def test_a_file_keeps_its_mode(model, tmp_path):
+    path = tmp_path / "net.pt"
+    path.touch(mode=0o600)
+    velasoka.save_model(model, path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.stat().st_size > 0
+
+
+@needs_posix
+def test_a_device_or_a_pipe_is_written_into(model, tmp_path):
+    velasoka.save_model(model, os.devnull)
+    assert not Path(os.devnull).is_file()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=velasoka.save_model, args=(model, pipe), daemon=True)
+    writer.start()
+    (tmp_path / "net.pt").write_bytes(pipe.read_bytes())
+    writer.join()
+    velasoka.load_model(model, tmp_path / "net.pt")
+
+
 def saved(content):
     torch.save(content, "made.pt")
     return Path("made.pt").read_bytes()
 
 
+def weights(**changes):
+    """The bytes of a file of weights, with the `bias` or the `other` entry of c4.1 as given."""
+    state = velasoka.DilatedDepthwiseModel(fm_size=2).state_dict()
+    state |= {f"c4.1.{name}": value for name, value in changes.items()}
+    return saved(state)
+
+
 @pytest.mark.parametrize(
-    "content",
+    ("content", "said"),
     [
-        lambda: b"",
-        lambda: b"no weights",
-        lambda: saved(velasoka.DilatedDepthwiseModel(fm_size=4).state_dict())[:-1000],
-        lambda: saved(velasoka.SimpleModel(fm_size=4).state_dict()),
-        lambda: saved([1, 2]),
-        lambda: saved(velasoka.DilatedDepthwiseModel(fm_size=4).state_dict() | {"epoch": 3}),
-        lambda: saved(Bomb()),
-        lambda: pickle.dumps(Bomb()),
+        (lambda: b"", "not a file of weights"),
+        (lambda: b"no weights", "not a file of weights"),
+        (lambda: weights()[:-1000], "not a file of weights"),
+        (lambda: saved([1, 2]), "not a file of weights"),
+        (lambda: saved(Bomb()), "not a file of weights"),
+        (lambda: pickle.dumps(Bomb(), protocol=2), "not a file of weights"),
+        (lambda: saved({"lr": 0.1, 3: "x"}), "not the weights of this"),
+        (lambda: saved(velasoka.DilatedModel(fm_size=2).state_dict()), r"c2\.3\.weight"),
+        (lambda: saved({}), "missing in the file"),
+        (lambda: weights(bias=torch.zeros(11)), r"c4.1.bias: \[11\]"),
+        (lambda: weights(other=torch.zeros(10)), r"c4.1.other: \[10\] in the file, missing in"),
+        (lambda: weights(bias=torch.full([10], torch.nan)), "c4.1.bias has NaN"),
     ],
 )
-def test_a_file_that_holds_no_weights_of_this_model_is_refused_in_one_line_and_runs_nothing(content, model):
+def test_what_are_no_weights_of_this_model_is_refused_in_one_line(content, said, model):
     Path("net.pt").write_bytes(content())
-    before = [tensor.clone() for tensor in model.state_dict().values()]
-    with pytest.raises(ValueError, match=r"net\.pt: not ") as error:
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=said) as error:
         velasoka.load_model(model, "net.pt")
+    assert str(error.value).startswith("net.pt: ")
     assert "\n" not in str(error.value)
     assert not Path("exploded").exists()
-    assert all(torch.equal(old, new) for old, new in zip(before, model.state_dict().values(), strict=True))
+    assert torch.equal(weights_of(model), weights_of(before))
 
 
-def test_a_missing_file_is_named(model):
-    with pytest.raises(FileNotFoundError, match=r"net\.pt"):
+def test_a_missing_file_is_named_in_plain_words(model):
+    with pytest.raises(FileNotFoundError, match=r"^net\.pt: no such file$"):
         velasoka.load_model(model, "net.pt")
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel, AveragedModel]
+)
+def test_weights_of_a_wrapped_model_load_into_the_plain_one_and_back(wrap, model):
+    wrapped = wrap(model)
+    velasoka.save_model(wrapped, "wrapped.pt")
+    other = velasoka.DilatedDepthwiseModel(fm_size=2)
+    velasoka.load_model(other, "wrapped.pt")
+    assert torch.equal(weights_of(other), weights_of(model))
+    velasoka.load_model(wrapped, "wrapped.pt")
+
+
+def test_a_checkpoint_gives_its_best_weights():
+    model = linear_model()
+    seen = []
+    options = {"epochs": 3, "checkpoint_path": "run.pt"}
+    history, _ = tiny_run(model, callback=lambda _: seen.append(weights_of(model)), **options)
+    assert torch.equal(weights_of(model), seen[-1])
+    velasoka.load_model(model, "run.pt")
+    assert torch.equal(weights_of(model), seen[history.best_epoch - 1])
 
 
 def test_drive_path_warns_only_if_the_drive_is_not_mounted(monkeypatch):
@@ -82,118 +165,4 @@ def test_drive_path_warns_only_if_the_drive_is_not_mounted(monkeypatch):
     monkeypatch.setattr(velasoka.os.path, "ismount", lambda path: path == "/content/gdrive")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert velasoka.get_drive_path("Session-7", "net.pt") == path
-
-
-# --- Pictures ---
-
-
-def titles(figure):
-    return [axis.get_title() for axis in figure.axes if axis.get_title()]
-
-
-def test_show_images_draws_each_image_as_it_is_under_its_class(pictures, loaders):
-    dataset = pictures[1]
-    images, labels = next(iter(loaders[1]))
-    for figure in (
-        velasoka.show_images(images, labels, dataset.classes, columns=5),
-        velasoka.show_images(dataset.data[:32], dataset.targets[:32], dataset.classes, columns=5),
-        velasoka.show_images([dataset[i][0] for i in range(32)], dataset.targets[:32], dataset.classes, columns=5),
-    ):
-        assert isinstance(figure, Figure)
-        assert titles(figure) == [dataset.classes[label] for label in labels]
-        drawn = torch.as_tensor(figure.axes[7].images[0].get_array()).double()
-        drawn = drawn / 255 if drawn.max() > 1 else drawn
-        torch.testing.assert_close(drawn, torch.tensor(dataset.data[7] / 255.0), atol=1e-3, rtol=0)
-
-
-def test_show_misclassified_shows_the_surest_mistakes_first(pictures):
-    dataset = pictures[1]
-    logits = torch.nn.functional.one_hot(torch.tensor(dataset.targets), 10) * 10.0
-    logits[3], logits[5] = torch.eye(10)[0] * 2, torch.eye(10)[1] * 5
-    figure = velasoka.show_misclassified(dataset.data, dataset.targets, logits, dataset.classes)
-    names = dataset.classes
-    assert [title.partition(" (")[0] for title in titles(figure)] == [
-        f"{names[5]}, taken for\n{names[1]}",
-        f"{names[3]}, taken for\n{names[0]}",
-    ]
-
-
-def test_show_misclassified_of_a_model_that_makes_no_mistake_says_so(pictures):
-    images, labels = pictures[1].data[:4], pictures[1].targets[:4]
-    logits = torch.eye(10)[labels]
-    figure = velasoka.show_misclassified(images, np.array(labels, dtype=np.uint16), logits, pictures[1].classes)
-    assert [text.get_text() for text in figure.axes[0].texts] == ["of 4 images none is misclassified"]
-    assert not any(axis.get_images() for axis in figure.axes)
-
-
-def test_plot_history_of_no_epoch_says_so():
-    figure = velasoka.plot_history(velasoka.History())
-    assert [text.get_text() for text in figure.axes[0].texts] == ["no epoch has been completed yet"]
-    result = velasoka.EpochResult(1.0, 50.0, 5, 10, 1.0)
-    assert len(velasoka.plot_history(velasoka.History(test=[result])).axes) == 2
-
-
-def test_plot_history_draws_accuracy_and_loss_of_one_run_or_several():
-    results = [velasoka.EpochResult(2.0, 10.0, 1, 10, 1.0), velasoka.EpochResult(1.0, 30.0, 3, 10, 1.0)]
-    history = velasoka.History(results, results)
-    accuracy, loss = velasoka.plot_history(history).axes
-    assert [list(line.get_ydata()) for line in accuracy.lines] == [[10, 30]] * 2
-    assert [list(line.get_ydata()) for line in loss.lines] == [[2, 1]] * 2
-    assert list(loss.lines[0].get_xdata()) == [1, 2]
-    assert len(velasoka.plot_history({"one": history, "two": history}).axes[0].lines) == 4
-
-
-@pytest.mark.parametrize("epochs", [1, 2, 3, 30])
-def test_plot_history_has_ticks_at_whole_epochs_and_hollow_markers_for_train(epochs):
-    results = [velasoka.EpochResult(2.0, 10.0 + epoch, 1, 10, 1.0) for epoch in range(epochs)]
-    figure = velasoka.plot_history(velasoka.History(results, results))
-    for axis in figure.axes:
-        low, high = axis.get_xlim()
-        ticks = [tick for tick in axis.get_xticks() if low <= tick <= high]
-        assert ticks
-        assert all(tick == round(tick) for tick in ticks)
-        faces = {line.get_label(): line.get_markerfacecolor() for line in axis.lines}
-        assert faces.keys() == {"train", "test"}
-        assert faces["train"] == "white" != faces["test"]
-    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"train", "test"}
-
-
-def test_a_reload_of_the_module_takes_what_was_made_before(model, loaders, device):
-    result, names = velasoka.EpochResult(1.0, 50.0, 5, 10, 1.0), dict(vars(velasoka))
-    old = velasoka.History([result], [result])
-    try:
-        importlib.reload(velasoka)
-        assert velasoka.History is not type(old)
-        assert len(velasoka.plot_history(old).axes) == 2
-        new = train(model, loaders, device, 1)
-        assert len(velasoka.plot_history({"old": old, "new": new}).axes[0].lines) == 4
-    finally:  # other tests hold the classes of before
-        vars(velasoka).clear()
-        vars(velasoka).update(names)
-
-
-def test_what_is_made_here_has_a_short_repr(pictures, loaders):
-    results = [velasoka.EpochResult(1.0, 50.25, 201, 400, 1.0)] * 30
-    for thing, number in [
-        *((dataset, len(dataset)) for dataset in pictures),
-        *((loader, len(loader)) for loader in loaders),
-        *((loader.dataset, len(loader.dataset)) for loader in loaders),
-        (velasoka.History(results, results, "completed", 50.25, 1), "30 epochs"),
-        (velasoka.History(results[:1], results[:1]), "1 epoch"),
-        (velasoka.History(), "History"),
-    ]:
-        text = repr(thing)
-        assert re.search(rf"\b{number}\b", text), text
-        assert len(text) <= 100
-        assert "\n" not in text
-        assert "0x" not in text
-
-
-def test_confusion_matrix_and_accuracy_by_class():
-    labels, predictions = [0, 0, 0, 1], torch.tensor([0, 0, 1, 1])
-    assert velasoka.per_class_accuracy(labels, predictions, ["a", "b"]) == {"a": pytest.approx(200 / 3), "b": 100.0}
-    assert math.isnan(velasoka.per_class_accuracy(labels, predictions, ["a", "b", "c"])["c"])
-    axis = velasoka.plot_confusion_matrix(labels, predictions, ["cat", "dog"]).axes[0]
-    assert [text.get_text() for text in axis.texts] == ["2", "1", "0", "1"]
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["cat", "dog"]
+        assert velasoka.get_drive_path(folder="Session-7", filename="net.pt") == path

@@ -1,0 +1,167 @@
+"""Loaders of subsets, of other data sets and with a transform of batches; see also test_data.py."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUIET, random_images, train
+from torch.utils.data import ConcatDataset, DataLoader, Subset, random_split
+from torchvision import datasets, transforms
+from torchvision.transforms import v2
+
+import velasoka
+
+
+def loaders_of(train, test=None, batch_size=32, **options):
+    return velasoka.get_cifar10_data_loader((train, test or train), batch_size, **options)
+
+
+def epoch(loader):
+    """All images and labels of an epoch, on the CPU."""
+    images, labels = zip(*loader, strict=True)
+    return torch.cat(images).cpu(), torch.cat(labels).cpu()
+
+
+def as_bytes(images):
+    return [image.numpy().tobytes() for image in images.cpu().contiguous()]
+
+
+def test_start_cnn_shifts_no_image_in_its_first_epoch(pictures, device):
+    loaders = loaders_of(*pictures, batch_size=200, device=device)
+    plain = set(as_bytes(epoch(loaders_of(*pictures, device=device, augment=False)[0])[0]))
+    model = velasoka.SimpleModel(fm_size=2)
+    unshifted = []  # of the 200 images of each epoch
+
+    def look(model, inputs):
+        if model.training:
+            views = zip(as_bytes(inputs[0]), as_bytes(inputs[0].flip(-1)), strict=True)
+            unshifted.append(sum(bool({*pair} & plain) for pair in views))
+
+    model.register_forward_pre_hook(look)
+    train(model, loaders, device, 2)
+    train(model, loaders, device, 1)
+    optimizer = velasoka.get_muon_optimizer(model)
+    velasoka.train_cnn(model, loaders[0], velasoka.get_ce_loss(), optimizer, device, **QUIET)
+    assert unshifted[0] == unshifted[2] == 200
+    assert max(unshifted[1], unshifted[3]) < 50
+
+
+def test_nested_subsets_and_random_splits_are_what_they_pick(pictures, device):
+    subset = Subset(Subset(pictures[0], range(0, 200, 2)), np.array([5, 7, 9]))
+    part, rest = random_split(pictures[0], [40, 160])
+    nested, _ = random_split(rest, [16, 144])
+    for chosen in (subset, part, nested):
+        loader = loaders_of(chosen, device=device)[1]
+        images, labels = epoch(loader)
+        expected, targets = zip(*chosen, strict=True)
+        torch.testing.assert_close(images, torch.stack(expected))
+        assert labels.tolist() == loader.dataset.targets == list(targets)
+        assert loader.dataset.classes == pictures[0].classes
+        normalised = pictures[0].transform(loader.dataset.data[0])  # of the pixels
+        torch.testing.assert_close(normalised, expected[0])
+
+
+def test_the_data_set_of_a_loader_is_read_by_torchs_own_loader_and_its_workers(pictures):
+    dataset = loaders_of(pictures[0], device="cpu")[0].dataset
+    context = None if sys.platform == "win32" else "fork"
+    loader = DataLoader(dataset, 50, num_workers=2, multiprocessing_context=context)
+    assert epoch(DataLoader(dataset, 50))[0].shape == (200, 3, 32, 32)
+    one, another = epoch(loader), epoch(loader)
+    assert one[1].tolist() == another[1].tolist() == pictures[0].targets
+    assert not torch.equal(one[0], another[0])  # augmented anew
+
+
+def test_workers_augment_differently(pictures):
+    dataset = loaders_of(Subset(pictures[0], [0] * 200), device="cpu")[0].dataset
+    one, another = DataLoader(dataset, 100, num_workers=2)  # a batch of each worker
+    assert as_bytes(one[0]) != as_bytes(another[0])
+
+
+# --- Data sets of other kinds ---
+
+
+class Mirrored(Subset):
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return image.flip(-1), label
+
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+def negative():
+    """A data set of ours with a transform of the user's."""
+    dataset, _ = velasoka.get_synthetic_dataset(8, 4)
+    dataset.transform = lambda image: velasoka.to_tensor()(255 - image)
+    return dataset
+
+
+def torchvisions():
+    """Torchvision's `CIFAR10`, of random images."""
+    dataset = object.__new__(datasets.CIFAR10)
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Grayscale(3)])
+    labels = {"target_transform": lambda label: 9 - label}
+    datasets.VisionDataset.__init__(dataset, "data", transform=transform, **labels)
+    dataset.data, dataset.targets = random_images(8), [3, 1, 4, 1, 5, 9, 2, 6]
+    return dataset
+
+
+OTHERS = {
+    "another transform": negative,
+    "subset of another transform": lambda: Subset(negative(), [3, 1]),
+    "subset of one's own": lambda: Mirrored(velasoka.get_synthetic_dataset(8, 4)[0], range(8)),
+    "torchvision's": torchvisions,
+    "concatenated": lambda: ConcatDataset(velasoka.get_synthetic_dataset(8, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_any_other_data_set_goes_through_its_own_transforms_and_no_others(kind, device):
+    dataset = OTHERS[kind]()
+    train, test = loaders_of(dataset, batch_size=3, device=device)
+    expected, targets = zip(*[dataset[index] for index in range(len(dataset))], strict=True)
+    images, labels = epoch(test)
+    torch.testing.assert_close(images, torch.stack(expected))
+    assert labels.tolist() == list(targets)
+    assert sorted(as_bytes(epoch(train)[0])) == sorted(as_bytes(images))
+    assert next(iter(test))[0].device.type == device.type
+
+
+def test_image_folders_of_torchvision_train_with_their_random_transforms(image_folders, device):
+    transform = transforms.Compose([transforms.RandomCrop(32, 4), transforms.ToTensor()])
+    pair = [datasets.ImageFolder(image_folders / name, transform) for name in ("train", "test")]
+    loaders = loaders_of(*pair, batch_size=8, device=device)
+    assert not torch.equal(epoch(loaders[1])[0], epoch(loaders[1])[0])  # as its transform says
+    history = train(velasoka.SimpleModel(fm_size=2), loaders, device, 1)
+    assert (history.train[0].total, history.test[0].total) == (30, 20)
+    assert loaders[0].dataset.classes == pair[0].classes
+
+
+# --- A transform of batches ---
+
+
+def cut_out(images, labels):
+    """Cutout of one's own: black squares."""
+    images = images.clone()
+    images[:, :, 8:24, 8:24] = 0
+    return images, labels
+
+
+@pytest.mark.parametrize("is_foreign", [False, True])
+def test_a_batch_transform_comes_last_and_in_training_only(is_foreign, pictures, device):
+    dataset = Mirrored(pictures[0], range(70)) if is_foreign else pictures[0]
+    loaders = loaders_of(dataset, device=device, batch_transform=cut_out)
+    for loader, is_cut in zip(loaders, (True, False), strict=True):
+        images, _ = epoch(loader)
+        assert (not images[:, :, 8:24, 8:24].any()) == is_cut
+        assert images[:, :, :8].any()
+
+
+def test_cut_mix_trains_with_soft_labels(pictures, model, device):
+    loaders = loaders_of(*pictures, device=device, batch_transform=v2.CutMix(num_classes=10))
+    _, labels = epoch(loaders[0])
+    assert labels.shape == (200, 10)
+    torch.testing.assert_close(labels.sum(1), torch.ones(200))
+    history = train(model, loaders, device, 1)
+    assert [result.total for result in (*history.train, *history.test)] == [200, 70]

@@ -1,0 +1,277 @@
+"""`count_parameters`, `receptive_field` and `model_summary`, of our models and other people's."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import conv_model
+from torch import nn
+
+import velasoka
+
+FIELDS = {"simple": 60, "dilated": 64, "dilated-depthwise": 64}
+every_model = pytest.mark.parametrize("name", velasoka.MODELS)
+
+
+def field_of(model, input_size=(3, 32, 32)):
+    """The receptive field, of which nothing may be left out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return velasoka.receptive_field(model, input_size)[-1]["receptive_field"]
+
+
+class Then(nn.Module):
+    """Calls a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+# --- What is measured ---
+
+
+def linear(model):
+    """A copy through which gradients flow to every pixel seen: weights 1, average pools."""
+    model = copy.deepcopy(model).double().eval()
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.MaxPool2d):
+                options = {"padding": layer.padding, "ceil_mode": layer.ceil_mode}
+                setattr(parent, name, nn.AvgPool2d(layer.kernel_size, layer.stride, **options))
+            elif isinstance(layer, (nn.ReLU, nn.BatchNorm2d)):
+                setattr(parent, name, nn.Identity())
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    return model
+
+
+def measured_field(model, side):
+    """Height and width of the region of an image that the middle cell of the output sees."""
+    images = torch.zeros(1, 3, side, side, dtype=torch.double, requires_grad=True)
+    output = linear(model)(images)
+    output[0, 0, output.shape[2] // 2, output.shape[3] // 2].backward()
+    seen = images.grad[0, 0].nonzero()
+    return tuple((seen.max(0).values - seen.min(0).values + 1).tolist())
+
+
+@every_model
+def test_the_field_of_our_models_is_the_one_measured_by_gradients(name):
+    model = velasoka.MODELS[name](fm_size=2)
+    # their global average pooling of 32×32 images is a 4×4 average, measured on larger ones
+    blocks = nn.Sequential(model.c1, model.c2, model.c3, nn.AvgPool2d(4, 4))
+    assert field_of(model) == FIELDS[name]
+    assert measured_field(blocks, 400) == (FIELDS[name],) * 2
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Conv2d(3, 2, 5, stride=2), nn.Conv2d(2, 2, 3, dilation=3), nn.MaxPool2d(3, 2)],
+        [nn.Conv2d(3, 2, (1, 3)), nn.AvgPool2d(2), nn.Conv2d(2, 1, (5, 2), stride=(1, 2))],
+        [nn.Conv2d(3, 4, 1, stride=2), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, groups=4, padding=1)],
+        [nn.Conv2d(3, 2, 3, padding=2), nn.MaxPool2d(3, 2, 1), nn.Conv2d(2, 1, 3, dilation=(1, 2))],
+    ],
+)
+def test_the_field_of_any_sequence_of_layers_is_the_measured_one(layers):
+    model = nn.Sequential(*layers)
+    field = field_of(model, (3, 64, 64))
+    assert (field if isinstance(field, tuple) else (field, field)) == measured_field(model, 64)
+
+
+# --- What is published ---
+
+
+@pytest.mark.parametrize(
+    ("name", "last", "field"),
+    [
+        ("resnet18", -2, 435),
+        ("resnet50", -2, 427),
+        ("mobilenet_v2", 1, 491),
+        ("alexnet", 1, 195),
+        ("inception_v3", -3, 1311),
+    ],
+)
+def test_the_field_of_known_networks_is_the_published_one(name, last, field):
+    options = {"aux_logits": False, "init_weights": False} if name == "inception_v3" else {}
+    network = getattr(torchvision.models, name)(**options)
+    features = nn.Sequential(*list(network.children())[:last])  # without the head
+    assert field_of(features, (3, 299, 299)) == field
+
+
+def test_the_field_of_vgg16_is_the_published_one():
+    vgg = torchvision.models.vgg
+    assert field_of(vgg.make_layers(vgg.cfgs["D"]), (3, 224, 224)) == 212
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: torchvision.models.VisionTransformer(32, 8, 1, 2, 8, 8),
+        lambda: torchvision.models.SwinTransformer([4, 4], 8, [1, 1], [2, 2], [4, 4]),
+    ],
+    ids=["ViT", "Swin"],
+)
+def test_transformers_are_warned_of(build):
+    with pytest.warns(UserWarning, match=r"^receptive field: cannot follow [^\n]+$"):
+        velasoka.receptive_field(build())
+
+
+# --- Rows, branches, functions ---
+
+
+def test_there_is_a_row_for_each_layer_that_widens_or_moves_the_view():
+    head = nn.Flatten(), nn.Linear(1800, 10)
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.MaxPool2d(2), *head
+    columns = "layer kernel_size stride dilation output_size jump receptive_field".split()
+    expected = [("0", 3, 1, 1, 30, 1, 3), ("3", 2, 2, 1, 15, 2, 4), ("4", 15, 15, 1, 1, 30, 32)]
+    rows = velasoka.receptive_field(nn.Sequential(*layers))
+    assert rows == [dict(zip(columns, row, strict=True)) for row in expected]
+
+
+def test_functions_are_followed_as_layers_are():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Conv2d(3, 4, 3)
+            self.two = nn.Conv2d(4, 4, 3)
+            self.last = nn.Linear(4 * 13 * 13, 10)
+
+        def forward(self, x):
+            x = self.two(F.max_pool2d(self.one(x), 2))
+            return self.last(x.view(len(x), -1))
+
+    rows = [(row["layer"], row["receptive_field"]) for row in velasoka.receptive_field(Net())]
+    assert rows == [("one", 3), ("max_pool2d", 4), ("two", 8), ("view", 32)]
+
+
+@pytest.mark.parametrize(
+    ("join", "field"),
+    [
+        (torch.add, 5),
+        (lambda wide, narrow: torch.cat([wide, narrow], 1), 5),
+        (lambda wide, narrow: wide, 5),  # though the narrow one ran last
+        (lambda wide, narrow: narrow, 3),
+        (lambda wide, narrow: {"wide": wide, "other": (narrow, 3)}, 5),
+        (lambda wide, narrow: (narrow, wide), 5),
+    ],
+)
+def test_where_branches_meet_the_larger_view_counts(join, field):
+    class Branches(nn.Module):
+        def forward(self, x):
+            wide = F.conv2d(x, torch.ones(4, 3, 5, 5), padding=2)
+            narrow = F.conv2d(x, torch.ones(4, 3, 3, 3), padding=1)
+            return join(wide, narrow)
+
+    assert field_of(Branches()) == field
+
+
+@pytest.mark.parametrize(
+    ("step", "field"),
+    [
+        (lambda x: x.mean((2, 3)), 32),
+        (lambda x: F.adaptive_avg_pool2d(x, (None, 1)), (3, 32)),
+        (lambda x: x * x.mean((2, 3))[:, :, None, None].expand_as(x), 32),  # channel attention
+        (lambda x: torch.cat([x, torch.zeros_like(x)], 1), 3),
+        (lambda x: F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3, 1), 5),
+    ],
+)
+def test_what_keeps_the_cells_apart_or_pools_them_is_followed(step, field):
+    assert field_of(nn.Sequential(nn.Conv2d(3, 4, 3), Then(step))) == field
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda x: x.roll((1, 1), (2, 3)),
+        lambda x: x.sort(2)[0],
+        lambda x: x.cumsum(2),
+        lambda x: x @ torch.ones(30, 30),
+        lambda x: x[:, :, ::2],
+        lambda x: F.interpolate(x, scale_factor=2),
+        lambda x: F.conv_transpose2d(x, torch.ones(4, 4, 3, 3), padding=1),
+        lambda x: torch.from_numpy(x.numpy()),
+    ],
+)
+def test_what_mixes_cells_is_named_in_one_warning(step):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Then(step))
+    with pytest.warns(UserWarning, match=r"^receptive field: cannot follow [^\n]+$") as warned:
+        velasoka.receptive_field(model)
+    assert len(warned) == 1
+
+
+# --- Models that take some care ---
+
+
+class Keeping(nn.Module):
+    """Keeps an activation of its last pass, with its graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = conv_model()
+        self(torch.randn(1, 3, 32, 32))
+
+    def forward(self, images):
+        self.kept = self.net(images)
+        return self.kept
+
+
+class GradCam(Keeping):
+    """Asks for the gradient of an activation."""
+
+    def forward(self, images):
+        features = self.net(images)
+        features.register_hook(self.keep)
+        return features
+
+    def keep(self, gradient):
+        self.gradient = gradient
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        Keeping,
+        GradCam,
+        lambda: conv_model().half(),
+        lambda: torch.compile(conv_model(), backend="eager"),
+        lambda: conv_model(nn.Dropout()).requires_grad_(False),
+    ],
+    ids=["keeps", "gradient", "half", "compiled", "frozen"],
+)
+def test_the_summary_of_such_a_model_is_whole_and_leaves_it_as_it_was(build, capsys):
+    model = build().train()
+    list(model.modules())[-1].eval()
+    before = [(repr(vars(module)), module.training) for module in model.modules()]
+    random_state = torch.get_rng_state()
+    velasoka.model_summary(model, (3, 32, 32))
+    printed = capsys.readouterr().out
+    assert "Conv2d-1" in printed
+    assert f"Parameters: 260, of them trainable: {velasoka.count_parameters(model)}\n" in printed
+    assert printed.endswith("Receptive field: 8\n")
+    assert [(repr(vars(module)), module.training) for module in model.modules()] == before
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        [Then(lambda x: {"out": x})],
+        [Then(lambda x: x.mean(1)), nn.LSTM(13, 4), Then(lambda parts: parts[0])],
+    ],
+    ids=["dict", "LSTM"],
+)
+@pytest.mark.filterwarnings("ignore:receptive field")
+def test_where_torchsummary_has_no_table_a_line_says_so_and_the_rest_is_there(head, capsys):
+    model = conv_model(*head)
+    velasoka.model_summary(model, (3, 32, 32))
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert "torchsummary" in first
+    assert rest[0].startswith(f"Parameters: {velasoka.count_parameters(model):,}")
+    assert rest[-1].startswith("Receptive field: ")
