@@ -38,7 +38,7 @@ import urllib.request
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
 from http.client import HTTPException
 from itertools import islice
@@ -632,15 +632,15 @@ def train_cnn(
     """Train `model` for one epoch and return its `EpochResult`.
 
     `data_loader` is any iterable of batches `(images, labels)`: float N×C×H×W, and int64 N or
-    probabilities N×classes. `scheduler` is stepped at the end, but `OneCycleLR` and `CyclicLR`
-    after each batch; `scheduler_interval`, "epoch" or "batch", says otherwise. `precision` is the
-    dtype for autocast (https://arxiv.org/abs/1710.03740), by default the fastest,
-    `torch.float32` for none; in float16 pass the same `torch.amp.GradScaler` in each epoch. The
-    rate of each batch is appended to `learning_rates`. A model in eval mode is put into training
-    mode, but parts in eval mode inside a model in training mode stay so.
+    probabilities N×classes. `scheduler` is stepped at the end, `OneCycleLR` and `CyclicLR` after
+    each batch, unless `scheduler_interval`, "epoch" or "batch", says otherwise. `precision` is
+    the dtype for autocast (https://arxiv.org/abs/1710.03740), by default the fastest,
+    `torch.float32` for none; in float16 pass one `torch.amp.GradScaler` for all epochs. The rate
+    of each batch is appended to `learning_rates`. Only a model that is in eval mode as a whole
+    is put into training mode; parts of it may stay in eval mode.
 
-    Raises FloatingPointError, with batch and rate, if the loss is not finite; MemoryError, with
-    the batch size, if memory is exhausted; ValueError for labels or outputs that do not fit.
+    Raises FloatingPointError if the loss is not finite, MemoryError if memory is exhausted,
+    ValueError for labels or outputs that do not fit.
     """
     device = torch.device(device)
     precision = precision or _fastest_precision(device)
@@ -686,7 +686,7 @@ def test_cnn(
     """Test `model` and return its `EpochResult`, whose loss is plain cross entropy.
 
     `data_loader`, `precision` and errors as for `train_cnn`. With `tta`, test-time augmentation,
-    logits are means over several views of an image. The model keeps its mode.
+    logits are means over eight views of an image. The model keeps its mode.
     """
     return _evaluate("Test", model, data_loader, device, tta, precision, progress)
 
@@ -717,15 +717,21 @@ def _evaluate(phase, model, data_loader, device, tta, precision, progress, outpu
     device = torch.device(device)
     precision = precision or _fastest_precision(device)
     meter = _Meter(phase, model, data_loader, device, progress)
-    with _evaluation(model), meter, _advice(meter, precision):
-        for images, labels in meter:
-            with _autocast(device, precision):
-                logits = _mean_logits(model, images) if tta else model(images)
-            meter.check(logits)
-            logits = logits.float()
-            meter.add(F.cross_entropy(logits, labels), logits, labels)
-            if outputs is not None:
-                outputs.append((logits, _class_indices(labels)))
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad(), meter, _advice(meter, precision):
+            for images, labels in meter:
+                with _autocast(device, precision):
+                    logits = _mean_logits(model, images) if tta else model(images)
+                meter.check(logits)
+                logits = logits.float()
+                meter.add(F.cross_entropy(logits, labels), logits, labels)
+                if outputs is not None:
+                    outputs.append((logits, _class_indices(labels)))
+    finally:  # each module has the mode that it had
+        for module in training:
+            module.training = True
     return meter.result()
 
 
@@ -740,9 +746,9 @@ def classify_image(
 ) -> dict[str, float]:
     """Return the `count` likeliest classes of the picture in the file `path`, in percent.
 
-    Any size and any format that Pillow reads with 8 bits a colour will do; it is turned upright,
-    cut to the square in its middle, scaled to 32×32 and normalised as CIFAR-10 is. Raises
-    FileNotFoundError if there is no file, ValueError if it is no such picture.
+    It may have any size and format that Pillow reads with 8 bits a colour; the square in its
+    middle is scaled to 32×32 and normalised as CIFAR-10 is. Raises FileNotFoundError if there is
+    no file, ValueError if it is no such picture.
     """
     picture = ImageOps.fit(_read_picture(path), (32, 32))
     image = to_normalize(CIFAR10_MEAN, CIFAR10_STD)(to_tensor()(picture))
@@ -753,24 +759,8 @@ def classify_image(
     return {name: percentages[name] for name in likeliest}
 
 
-@contextmanager
-def _evaluation(model):
-    """Eval mode and no gradients inside; afterwards each module has the mode that it had."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _mean_logits(model, images):
-    """Return the mean logits over eight views, as in airbench.
-
-    The image as it is, twice, shifted by a pixel up and left, down and right; and all flipped.
-    """
+    """Return the mean logits over views: unmoved (twice), moved by a pixel, all flipped, too."""
     padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
     views = [images, images, padded[..., :-2, :-2], padded[..., 2:, 2:]]
     views += [view.flip(-1) for view in views]
@@ -778,8 +768,7 @@ def _mean_logits(model, images):
 
 
 def _class_indices(labels):
-    """Return the class of each image, from labels N or probabilities N×classes."""
-    return labels.argmax(1) if labels.ndim == 2 else labels
+    return labels.argmax(1) if labels.ndim == 2 else labels  # from probabilities N×classes
 
 
 @dataclass
@@ -976,20 +965,17 @@ def start_cnn(
 
     `data_loader` is `(train, test)`, iterables of batches as for `train_cnn`, read anew in each
     epoch; a data set or sampler with torch's `set_epoch` is told the epoch, from 0. `scheduler`
-    is stepped after each test (`ReduceLROnPlateau` with its loss, with `mode="max"` its
-    accuracy), `OneCycleLR` and `CyclicLR` after each batch; `scheduler_interval`, "epoch" or
-    "batch", says otherwise. Without one, the rate rises to the optimiser's own, falls to nearly
-    zero by the last batch, and is restored after the run.
+    and `scheduler_interval` as for `train_cnn`, but an epoch ends with its test, whose loss
+    `ReduceLROnPlateau` gets, or with `mode="max"` its accuracy. Without one, the rate rises to
+    the optimiser's own, falls to nearly zero by the last batch, and is restored after the run.
 
-    Training ends early when a test reaches `target_accuracy`, in percent, or `callback(history)`,
-    called after each epoch, returns True. After each epoch all that the run needs is written to
-    `checkpoint_path`; with `resume` it continues from there, on the CPU bit for bit as if it had
-    not stopped, with these loaders or a `DataLoader`.
+    The run ends when a test reaches `target_accuracy`, in percent, or `callback(history)`, called
+    after each epoch, returns True. After each epoch all it needs is written to `checkpoint_path`;
+    with `resume` it continues from there, on the CPU bit for bit as if it had not stopped.
 
     The model ends with the weights of the last epoch; after an interrupt (Ctrl-C, the stop
-    button), an error or a loss that is not finite with those of the best, or with its first ones
-    if there is none; an interrupt in the first epoch keeps what has been learnt. An error is
-    raised as it is, with its `history`.
+    button), an error or a loss that is not finite with those of the best, if there is none with
+    its first ones, after an interrupt with what it has learnt. An error has the `history`.
     """
     if epochs < 1:
         raise ValueError(f"epochs={epochs}: at least 1 is needed")
@@ -1103,7 +1089,6 @@ def _check_optimizer(optimizer, model, scheduler):
 
 
 def _set_epoch(loader, epoch):
-    """Tell the number of the next epoch to whatever in the loader has torch's `set_epoch`."""
     for name in ("dataset", "sampler", "batch_sampler"):
         part = getattr(loader, name, None)
         if hasattr(part, "set_epoch"):
@@ -1119,7 +1104,6 @@ def _status(history, epochs, target_accuracy, is_stopped=False):
 
 
 def _with_epoch(history, best, train, test, model):
-    """Return the history with the results of one more epoch, and the best weights."""
     accuracy, epoch = history.best_accuracy, history.best_epoch
     if test.accuracy > accuracy or not history.test:
         accuracy, epoch = test.accuracy, len(history.test) + 1
@@ -1149,8 +1133,8 @@ def _say(text):
 def seed_everything(seed: int = SEED, deterministic: bool = False) -> None:
     """Seed the global random generators of Python, NumPy and torch.
 
-    `deterministic` also has torch choose algorithms that give the same bits in each run, some
-    slower (https://pytorch.org/docs/stable/notes/randomness.html); on CUDA, call it first.
+    `deterministic` also asks torch for algorithms that give the same bits in each run
+    (https://pytorch.org/docs/stable/notes/randomness.html); on CUDA, call it first.
     """
     random.seed(int(seed))
     np.random.seed(seed)
@@ -1202,8 +1186,8 @@ class _Checkpoint:
         """Restore all that `save` wrote; return the history and the best weights."""
         content = _load(self.path)
         if "fingerprint" in content:
-            what = "a checkpoint of version 2, which cannot be continued: delete it to train anew"
-            raise ValueError(f"{self.path}: {what} (load_model takes its best weights)")
+            what = "of version 2, which cannot be continued: delete it to train anew"
+            raise ValueError(f"{self.path}: {what}; load_model takes its best weights")
         if "run" not in content:
             raise ValueError(f"{self.path}: not a checkpoint of start_cnn")
         for name, value in self.run.items():
@@ -1222,7 +1206,6 @@ class _Checkpoint:
 
 
 def _random_states(generator):
-    """Return the states of the random generators of Python, NumPy, torch, CUDA and a loader."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -1249,9 +1232,9 @@ def save_model(model: nn.Module, path: _PathLike) -> None:
 def load_model(model: nn.Module, path: _PathLike, device: _Device | None = None) -> nn.Module:
     """Load weights from the file `path` into `model`, move it to `device` if given, return it.
 
-    From a checkpoint of `start_cnn` come those of its best epoch; those of a compiled, averaged
-    or `DataParallel` model fit the plain one. Raises FileNotFoundError if there is no file, and
-    ValueError, leaving the model as it is, if the file holds anything but sound weights of it.
+    A checkpoint of `start_cnn` gives those of its best epoch; those of a compiled, averaged or
+    `DataParallel` model fit the plain one. Raises FileNotFoundError if there is no file and,
+    leaving the model as it is, ValueError if it holds anything but sound weights of the model.
     """
     weights = _load(path)
     if "best" in weights:
@@ -1272,7 +1255,7 @@ def load_model(model: nn.Module, path: _PathLike, device: _Device | None = None)
 
 
 def _plain_name(name):
-    """Return the name of weights without what `torch.compile` and `DataParallel` add to it."""
+    # without what `torch.compile` and `DataParallel` add
     return re.sub(r"_orig_mod\.|^module\.", "", str(name))
 
 
@@ -1297,8 +1280,8 @@ def _load(path):
     except Exception:  # a file of another kind can fail in any way
         content = None
     if not isinstance(content, dict):
-        what = "it is of another kind, cut off, or holds code, which is never run"
-        raise ValueError(f"{path}: not a file of weights; {what}")
+        what = "of another kind, cut off, or with code, which is never run"
+        raise ValueError(f"{path}: not a file of weights, but {what}")
     return content
 
 
@@ -1321,8 +1304,7 @@ def _existing(path):
 def _write_file(path, content):
     """Write bytes beside `path`, then rename: whatever happens, a whole file is there.
 
-    Folders are made, a symbolic link stays one, a file keeps its permissions; what is no
-    regular file, a pipe say, is written into.
+    A symbolic link stays one, permissions stay; what is no regular file is written into.
     """
     path = Path(path).expanduser().resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1357,7 +1339,7 @@ class _ArrayDataset(Dataset):
     """Labelled pictures in memory, with the attributes of torchvision's `CIFAR10`."""
 
     def __init__(self, data, targets, classes, mean, std, note=""):
-        self.data = data  # uint8 N×H×W×3
+        self.data = np.ascontiguousarray(data)  # uint8 N×H×W×3
         self.targets = targets
         self.classes = list(classes)
         self.class_to_idx = {name: index for index, name in enumerate(self.classes)}
@@ -1371,9 +1353,6 @@ class _ArrayDataset(Dataset):
 
     def __getitem__(self, index):
         return self.transform(self.data[index]), self.targets[index]
-
-    def __repr__(self):
-        return f"Dataset({len(self):,} images of {len(self.classes)} classes{self.note})"
 
 
 def to_normalize(mean: Sequence[float], std: Sequence[float]) -> transforms.Normalize:
@@ -1406,27 +1385,27 @@ def get_cifar10_dataset(
     """Return CIFAR-10 as `(train, test)`, of items (float tensor 3×32×32, normalised; label).
 
     Each has `data` (uint8 array N×32×32×3), `targets`, `classes` and `class_to_idx`. `root` holds
-    torchvision's `cifar-10-batches-py` or its archive, or PNG or JPEG images of 32×32 in
+    torchvision's `cifar-10-batches-py` or its archive, or 32×32 images, PNG or JPEG, in
     `train/<class>/` and `test/<class>/`; otherwise the archive is downloaded into it.
 
     Raises FileNotFoundError if there is nothing and `download` is false, ConnectionError if no
-    source delivers, ValueError naming the file or folder that is not as it should be.
+    source delivers, ValueError naming a file or folder that is not as it should be.
     """
     _check_normalization(mean, std)
     root = Path(root).expanduser()
     if root.name == _BATCHES and root.is_dir():
         root = root.parent
-    is_published = any((root / name).exists() for name in (_BATCHES, _ARCHIVE))
-    if not is_published and any((root / split).is_dir() for split in ("train", "test")):
-        train, test = (_read_image_folders(root / split) for split in ("train", "test"))
+    is_published = (root / _BATCHES).exists() or (root / _ARCHIVE).exists()
+    if not is_published and ((root / "train").is_dir() or (root / "test").is_dir()):
+        parts = [_read_image_folders(root / split) for split in ("train", "test")]
     else:
         _check_not_misplaced(root)
         if not download and not is_published:
             raise FileNotFoundError(f"{root}: no CIFAR-10 here; {_EXPECTED}")
         folder = download_cifar10(root).parent
-        train, test = (_read_batches(folder, is_train) for is_train in (True, False))
-    options = CIFAR10_CLASSES, mean, std
-    return _ArrayDataset(*train, *options), _ArrayDataset(*test, *options)
+        published = [datasets.CIFAR10(folder, is_train) for is_train in (True, False)]
+        parts = [(part.data, part.targets) for part in published]
+    return tuple(_ArrayDataset(*part, CIFAR10_CLASSES, mean, std) for part in parts)
 
 
 _EXPECTED = (
@@ -1441,27 +1420,21 @@ def _check_normalization(mean, std):
 
 
 def _check_not_misplaced(root):
-    """Raise ValueError if CIFAR-10 lies a level above or below `root`: no download is wanted."""
-    nearby = [root.parent] if (root / "airplane").is_dir() else []
-    if root.is_dir():
-        nearby += sorted(root.iterdir())
+    """Raise ValueError if CIFAR-10 lies a level above or below: no download is wanted."""
+    nearby = sorted(root.glob("*"))
+    if (root / "airplane").is_dir():
+        nearby.append(root.parent)
     for folder in nearby:
         if (folder / _BATCHES).is_dir() or (folder / "train" / "airplane").is_dir():
             raise ValueError(f"{root}: CIFAR-10 seems to lie in {folder}; name that folder")
 
 
-def _read_batches(root, is_train):
-    cifar10 = datasets.CIFAR10(root, is_train)
-    return np.ascontiguousarray(cifar10.data), cifar10.targets
-
-
 def _read_image_folders(folder):
-    """Return images, uint8 N×32×32×3, and labels from the image folders `folder/<class>/*`."""
+    """Return images, uint8 N×32×32×3, and labels, from `folder/<class>/*`."""
     paths = _image_files(folder, "[!.]*/[!.]*")
     found = {path.parent.name for path in paths}
     if found != set(CIFAR10_CLASSES):
-        missing = sorted(set(CIFAR10_CLASSES) - found)
-        problem = f"missing {missing}, unknown {sorted(found - set(CIFAR10_CLASSES))}"
+        problem = f"missing or unknown {sorted(found.symmetric_difference(CIFAR10_CLASSES))}"
         if _image_files(folder, "*"):
             problem = f"images lie directly in {folder.name}/"
         raise ValueError(f"{folder}: {problem}; {_EXPECTED}")
@@ -1487,40 +1460,30 @@ def _read_picture(path):
             picture.load()
             if picture.mode.startswith(("I", "F")):
                 raise ValueError(f"mode {picture.mode}")
-            picture = _turned_upright(picture).convert("RGBA")
+            with suppress(Exception):  # its EXIF data may be damaged
+                picture = ImageOps.exif_transpose(picture)
+            picture = picture.convert("RGBA")
     except Exception as error:  # Pillow has many ways to refuse a file
-        reason = _first_line(error)
-        raise ValueError(f"{path}: not an image of 8 bits a colour ({reason})") from error
+        raise ValueError(f"{path}: not an image of 8 bits a colour ({error})") from error
     white = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(white, picture).convert("RGB")
-
-
-def _turned_upright(picture):
-    try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # its EXIF data are damaged
-        return picture
-
-
-def _first_line(error):
-    return str(error).partition("\n")[0]  # torch's errors can go on for pages
 
 
 def _box(u, v):
     return np.maximum(abs(u), abs(v))
 
 
-_SHAPES = {  # what is inside, for u to the right and v downward, the shape from -1 to 1
+_SHAPES = {  # what is inside, u to the right and v downward, for both from -1 to 1
     "disk": lambda u, v: np.hypot(u, v) < 1,
     "ring": lambda u, v: abs(np.hypot(u, v) - 0.8) < 0.2,
     "square": lambda u, v: _box(u, v) < 0.9,
     "frame": lambda u, v: abs(_box(u, v) - 0.75) < 0.2,
     "triangle": lambda u, v: (abs(u) < (v + 1) / 2) & (v < 0.9),
-    "plus": lambda u, v: (np.minimum(abs(u), abs(v)) < 0.3) & (_box(u, v) < 1),
+    "plus": lambda u, v: np.minimum(abs(u), abs(v)) < 0.3,
     "cross": lambda u, v: (abs(abs(u) - abs(v)) < 0.35) & (_box(u, v) < 0.9),
-    "rows": lambda u, v: (np.cos(7 * v) > 0) & (_box(u, v) < 1),
-    "columns": lambda u, v: (np.cos(7 * u) > 0) & (_box(u, v) < 1),
-    "checkerboard": lambda u, v: (np.sin(5 * u) * np.sin(5 * v) > 0) & (_box(u, v) < 1),
+    "rows": lambda u, v: np.cos(7 * v) > 0,
+    "columns": lambda u, v: np.cos(7 * u) > 0,
+    "checkerboard": lambda u, v: np.sin(5 * u) * np.sin(5 * v) > 0,
 }
 
 
@@ -1532,28 +1495,30 @@ def get_synthetic_dataset(
     mean: Sequence[float] = CIFAR10_MEAN,
     std: Sequence[float] = CIFAR10_STD,
 ) -> tuple[Dataset, Dataset]:
-    """Return `(train, test)` as `get_cifar10_dataset` does, of drawn pictures: needs no network.
+    """Return `(train, test)` as `get_cifar10_dataset` does, of pictures drawn from a `seed`.
 
     Ten shapes in any colour, place and size on a shaded background, under noise: a small network
-    learns them within a few epochs, a linear classifier does not. The same `seed` draws the same.
+    learns them within a few epochs, a linear classifier does not.
     """
     _check_normalization(mean, std)
     rng = np.random.default_rng(seed)
+    shapes = list(_SHAPES.values())
     parts = []
     for number in (num_train, num_test):
-        labels = [index % len(_SHAPES) for index in range(number)]
-        shapes = list(_SHAPES.values())
-        pictures = np.stack([_draw(shapes[label], rng) for label in labels])
+        labels = [index % len(shapes) for index in range(number)]
+        pictures = [_draw(shapes[label], rng) for label in labels]
         parts.append(_ArrayDataset(pictures, labels, _SHAPES, mean, std, " (not CIFAR-10)"))
-    return parts[0], parts[1]
+    return tuple(parts)
 
 
 def _draw(is_inside, rng):
-    """Return a picture, uint8 32×32×3, of one shape."""
+    """Return a picture, uint8 32×32×3."""
     y, x = np.mgrid[-1:1:32j, -1:1:32j]
     left, top = rng.uniform(-0.3, 0.3, 2)
     size = rng.uniform(0.4, 0.7)
-    inside = is_inside((x - left) / size, (y - top) / size)
+    u = (x - left) / size
+    v = (y - top) / size
+    inside = is_inside(u, v) & (_box(u, v) < 1)
     background = rng.uniform(0.25, 0.75, 3)
     across, down = rng.uniform(-0.25, 0.25, (2, 3))
     colour = rng.uniform(0.2, 0.5, 3) * rng.choice([-1, 1])
@@ -1569,10 +1534,9 @@ _ARCHIVE = "cifar-10-python.tar.gz"
 _ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
 _ARCHIVE_SIZE = 170_498_071  # bytes
 _BATCHES = "cifar-10-batches-py"  # the folder in that archive
-_LEAST_SPEED = 200_000  # bytes a second: a source that is slower is left for the next one
+_LEAST_SPEED = 200_000  # bytes a second; a slower source is left for the next one
 _SPEED_WINDOW = 15  # seconds over which that is measured
-_STALL = 10  # seconds without a byte after which a source is left
-_TO_RETRY = "to have it downloaded again"
+_STALL = 10  # seconds without a byte after which a source is left, too
 
 
 def download_cifar10(
@@ -1580,20 +1544,22 @@ def download_cifar10(
 ) -> Path:
     """Make sure that `root` holds CIFAR-10 as published; return its `cifar-10-batches-py`.
 
-    A folder or archive that is there is verified and used. Else the archive (170 MB) is fetched
-    from the first of the `mirrors` that delivers it; one that stalls or crawls is left for the
-    next, and tried once more in the end. Raises ConnectionError naming each source with its
-    reason, ValueError if what is there is damaged, OSError if `root` cannot be written.
+    A folder or archive that is there is verified and used. Else the archive (170 MB) comes from
+    the first of the `mirrors` that delivers it; one that stalls or crawls is left for the next,
+    and tried once more in the end. Raises ConnectionError with the reason of each, ValueError if
+    what is there is damaged, OSError if `root` cannot be written.
     """
     root = Path(root).expanduser()
     folder, archive = root / _BATCHES, root / _ARCHIVE
     if not folder.exists():
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root) as temporary:  # fails now if it is read-only
-            if archive.exists() and not check_integrity(archive, _ARCHIVE_MD5):
-                raise ValueError(f"{archive}: damaged; remove it {_TO_RETRY}")
-            is_there = archive.exists()
-            content = archive.read_bytes() if is_there else _fetch_verified(mirrors, root)
+            if not archive.exists():
+                content = _fetch_from_any(mirrors, root)
+            elif check_integrity(archive, _ARCHIVE_MD5):
+                content = archive.read_bytes()
+            else:
+                raise ValueError(f"{archive}: damaged; to download it, remove it")
             with tarfile.open(fileobj=io.BytesIO(content)) as tar:
                 tar.extractall(temporary, filter="data")
             try:
@@ -1605,11 +1571,13 @@ def download_cifar10(
     files = [*datasets.CIFAR10.train_list, *datasets.CIFAR10.test_list]
     for name, md5 in [*files, (meta["filename"], meta["md5"])]:
         if not check_integrity(folder / name, md5):
-            raise ValueError(f"{folder / name}: missing or damaged; remove {folder} {_TO_RETRY}")
+            raise ValueError(
+                f"{folder / name}: missing or damaged; to download it, remove {folder}"
+            )
     return folder
 
 
-def _fetch_verified(mirrors, root):
+def _fetch_from_any(mirrors, root):
     """Return the archive's bytes from the first source that delivers it."""
     queue = deque((url, _LEAST_SPEED) for url in mirrors)
     reasons = {}
@@ -1617,28 +1585,22 @@ def _fetch_verified(mirrors, root):
         url, least_speed = queue.popleft()
         print(f"Downloading CIFAR-10 ({_ARCHIVE_SIZE / 1e6:.0f} MB) from {url}", flush=True)
         try:
-            content = _fetch(url, least_speed)
-        except TimeoutError as error:  # it stalls or crawls: better than nothing
+            return _fetch(url, least_speed)
+        except (OSError, HTTPException) as error:
             reasons[url] = error
-            if least_speed:
-                queue.append((url, 0))
-        except (OSError, HTTPException, ValueError) as error:
-            reasons[url] = error
-        else:
-            if hashlib.md5(content, usedforsecurity=False).hexdigest() == _ARCHIVE_MD5:
-                return content
-            reasons[url] = "not the published file (its md5 differs)"
-    lines = ["CIFAR-10 could not be downloaded. Sources tried:"]
+            if isinstance(error, TimeoutError) and least_speed:
+                queue.append((url, 0))  # what stalls or crawls is better than nothing
+    lines = ["CIFAR-10 could not be downloaded:"]
     lines += [f"  {url}: {reason}" for url, reason in reasons.items()]
     if all(type(reason) is URLError for reason in reasons.values()):
-        lines = ["CIFAR-10 could not be downloaded: no network? Sources tried:", *reasons]
-    lines.append(f"Way out: fetch {_ARCHIVE} by hand and put it into {root.resolve()}")
+        lines = ["CIFAR-10 could not be downloaded (no network?):", *reasons]
+    lines.append(f"Way out: put {_ARCHIVE}, fetched by hand, into {root.resolve()}")
     raise ConnectionError("\n".join(lines))
 
 
 def _fetch(url, least_speed):
-    """Return the bytes at `url`; raise TimeoutError if they stall or come too slowly."""
-    request = urllib.request.Request(url, headers={"User-Agent": f"velasoka/{__version__}"})
+    """Return the archive at `url`; raise TimeoutError if it stalls or comes too slowly."""
+    request = urllib.request.Request(url, headers={"User-Agent": "velasoka"})
     content = bytearray()
     with urllib.request.urlopen(request, timeout=_STALL) as reply:
         if reply.headers.get_content_type() == "text/html":
@@ -1646,7 +1608,7 @@ def _fetch(url, least_speed):
         with _make_bar(total=_ARCHIVE_SIZE, unit="B", unit_scale=True) as bar:
             began = time.perf_counter()
             in_window = 0
-            # `read1` returns what has come; `read` would wait, and crawling could not be seen
+            # `read1` returns what has come; `read` would wait, and hide that it crawls
             while len(content) <= _ARCHIVE_SIZE and (chunk := reply.read1(1 << 16)):
                 content += chunk
                 bar.update(len(chunk))
@@ -1659,7 +1621,9 @@ def _fetch(url, least_speed):
                     in_window = 0
     if len(content) < _ARCHIVE_SIZE:
         raise ConnectionError(f"it broke off after {len(content):,} of {_ARCHIVE_SIZE:,} bytes")
-    return bytes(content)
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != _ARCHIVE_MD5:
+        raise ConnectionError("not the published file (its md5 differs)")
+    return content
 
 
 # --- Summary ---
@@ -1680,12 +1644,14 @@ def receptive_field(model: nn.Module, input_size: Sequence[int] = (3, 32, 32)) -
     branches meet, and of several outputs, the larger view counts. What cannot be followed, such
     as attention, is named in a warning. See https://distill.pub/2019/computing-receptive-fields.
     """
-    tracer, output = _run_untrained(functools.partial(_trace, _cpu_copy(model), input_size))
-    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-    views = [leaf.seen for leaf in leaves if hasattr(leaf, "seen")]
-    lost = tracer.lost + ["the output"] * (len(views) < len(leaves))
+    tracer, output = _run_copy(_trace, model, input_size)
+    outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    views = [leaf.seen for leaf in outputs if hasattr(leaf, "seen")]
+    lost = dict.fromkeys(
+        tracer.lost if len(views) == len(outputs) else [*tracer.lost, "the output"]
+    )
     if lost:
-        names = ", ".join(list(dict.fromkeys(lost))[:6])
+        names = ", ".join(list(lost)[:6])
         warnings.warn(f"receptive field: cannot follow {names}, and leaves it out", stacklevel=2)
     if tracer.rows and views:
         largest = max(views, key=lambda seen: seen[0].tolist())
@@ -1801,13 +1767,12 @@ def model_summary(
     """
     rows = receptive_field(model, input_size)
     table = io.StringIO()
-    arguments = _cpu_copy(model), tuple(input_size)
     try:
         with redirect_stdout(table):
-            _run_untrained(functools.partial(torchsummary.summary, *arguments, device="cpu"))
+            _run_copy(torchsummary.summary, model, tuple(input_size), -1, "cpu")
         print(table.getvalue(), end="")
-    except Exception as error:  # it knows only layers that return one tensor
-        print(f"torchsummary has no table for this model ({_first_line(error)})")
+    except Exception:  # it knows only layers that return one tensor
+        print("torchsummary has no table for this model")
     total = sum(parameter.numel() for parameter in model.parameters())
     print(f"Parameters: {total:,}, of them trainable: {count_parameters(model):,}")
     for row in [dict(zip(rows[0], rows[0], strict=True)), *rows] if rows else []:
@@ -1815,24 +1780,19 @@ def model_summary(
     print(f"Receptive field: {rows[-1]['receptive_field'] if rows else 1}")
 
 
-def _cpu_copy(model):
-    """Return a float32 copy of `model` on the CPU, in eval mode."""
-    held = [vars(module) for module in model.modules()]
-    tensors = [value for value in tree_leaves(held) if isinstance(value, torch.Tensor)]
+def _run_copy(function, model, *args):
+    """Return `function(copy of the model, *args)`: in float32 on the CPU, in eval mode."""
+    held = tree_leaves([vars(module) for module in model.modules()])
     # activations kept from the last pass cannot be copied
-    memo = {id(tensor): tensor for tensor in tensors if not tensor.is_leaf}
-    return copy.deepcopy(model, memo).cpu().float().eval()
-
-
-def _run_untrained(run):
-    """Return `run()`, without gradients if it can do without them; keep the random state."""
+    memo = {id(value): value for value in held if isinstance(value, Tensor) and not value.is_leaf}
+    model = copy.deepcopy(model, memo).cpu().float().eval()
     with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
         try:
             with torch.no_grad():
-                return run()
+                return function(model, *args)
         except RuntimeError:  # a hook on the gradient of an activation, as Grad-CAM has
             with torch.enable_grad():
-                return run()
+                return function(model, *args)
 
 
 # --- Plots ---
@@ -2050,8 +2010,9 @@ def _parse(arguments):
             parser.error(f"{path}: cannot be written")
     try:
         options.device = torch.zeros(1, device=options.device or get_available_device()).device
-    except Exception as error:  # torch has many
-        parser.error(f"--device {options.device}: cannot be used ({_first_line(error)})")
+    except Exception as error:  # torch's can go on for pages
+        reason = str(error).partition("\n")[0]
+        parser.error(f"--device {options.device}: cannot be used ({reason})")
     options.precision = options.precision and getattr(torch, options.precision)
     if options.epochs is None:
         options.epochs = 1

@@ -192,3 +192,8 @@ def scripted(monkeypatch):
 
     monkeypatch.setattr(velasoka, "test_cnn", test_cnn)
     return weights
+
+
+def conv_model(*more):
+    """Two convolutions with a pool between them, receptive field 8, and what is to follow."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), *more)

@@ -39,22 +39,6 @@ def test_each_technique_can_be_left_out(technique, image_folders, monkeypatch):
     assert all(getattr(velasoka, name) is part for name, part in parts.items())
 
 
-def test_every_batch_size_is_trained_at_the_rate_made_for_it(image_folders, monkeypatch):
-    made = []
-    make = velasoka.get_muon_optimizer
-
-    def spy(model, **options):
-        optimizer = make(model, **options)
-        made.append((options, optimizer.defaults["lr"]))
-        return optimizer
-
-    monkeypatch.setattr(velasoka, "get_muon_optimizer", spy)
-    arguments = "--models", "dilated", "--seeds", "1", "--batch-sizes", "16", "64"
-    found = run(monkeypatch, accuracy, *arguments)
-    assert [one["batch_size"] for one in found] == [16, 64]
-    assert made == [({"batch_size": 16}, 0.025), ({"batch_size": 64}, 0.05)]
-
-
 def test_a_stopped_benchmark_goes_on_and_mixes_nothing(image_folders, monkeypatch, capsys):
     arguments = "--models", "dilated", "--without", "nothing", "decay", "--seeds"
     before = run(monkeypatch, accuracy, *arguments, "1")
@@ -66,20 +50,18 @@ def test_a_stopped_benchmark_goes_on_and_mixes_nothing(image_folders, monkeypatc
     assert "--json result.json holds runs of " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["", "not JSON", "[]", "3"])
-def test_a_file_that_is_not_of_the_benchmark_is_left_alone(content, monkeypatch, capsys):
-    Path("result.json").write_text(content)
+def test_a_file_that_is_not_of_the_benchmark_is_left_alone(monkeypatch, capsys):
+    Path("result.json").write_text("[]")
     with pytest.raises(SystemExit):
         run(monkeypatch, accuracy)
     assert "--json result.json exists and is not of this benchmark" in capsys.readouterr().err
-    assert Path("result.json").read_text() == content
+    assert Path("result.json").read_text() == "[]"
 
 
 def test_held_out_images_are_not_trained_on(pictures):
     kept, held_out = accuracy.held_out(pictures, 50)
     assert sorted([*kept.indices, *held_out.indices]) == list(range(200))
-    assert len(held_out) == 50
-    assert kept.dataset is held_out.dataset is pictures[0]
+    assert (len(held_out), held_out.dataset) == (50, pictures[0])
 
 
 def test_time_to_accuracy_compares_with_the_first_version(image_folders, monkeypatch, capsys):

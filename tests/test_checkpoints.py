@@ -1,6 +1,5 @@
 """What a checkpoint keeps, what is said when it cannot, and what else reads it."""
 
-import math
 import os
 import random
 from pathlib import Path
@@ -45,10 +44,8 @@ class Noisy(velasoka.DilatedDepthwiseModel):
         return super().forward(images * (1 + noise))
 
 
-@pytest.mark.filterwarnings("ignore:.*not there")
-@pytest.mark.parametrize("precision", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kind", ["own", "shuffled", "with a generator"])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(kind, precision, pictures, device):
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(kind, pictures, device):
     def run(error_at=None, **options):
         velasoka.seed_everything(1)
         model = Noisy(fm_size=2)
@@ -58,7 +55,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(kind, precision,
             loader = DataLoader(pictures[0], 32, shuffle=True, generator=generator)
         if error_at:
             loader = Breaking(loader, KeyboardInterrupt(), error_at)
-        history = train(model, (loader, test_loader), device, 3, precision=precision, **options)
+        history = train(model, (loader, test_loader), device, 3, **options)
         return history, weights_of(model)
 
     def counts(history):
@@ -75,7 +72,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(kind, precision,
 
 
 SCHEDULERS = {
-    "none": lambda optimizer: None,
     "StepLR": lambda optimizer: StepLR(optimizer, 1, 0.5),
     "OneCycleLR": lambda optimizer: OneCycleLR(optimizer, 0.1, total_steps=9),
     "ReduceLROnPlateau": lambda optimizer: ReduceLROnPlateau(optimizer, patience=0, threshold=9.0),
@@ -106,49 +102,26 @@ def test_a_run_goes_on_in_another_precision():
         assert (history.status, len(history.test)) == ("completed", 2)
 
 
-def test_a_target_is_judged_by_what_was_reached_not_by_an_earlier_target():
-    model = linear_model()
-    for _ in range(2):
-        nn.init.zeros_(model[2].weight)
-    options = {"loaders": (BATCHES, [(BATCHES[0][0], torch.arange(4))])}
-    first, _ = tiny_run(epochs=2, target_accuracy=100, **KEEP, **options)
-    again, _ = tiny_run(epochs=2, target_accuracy=1, **RESUME, **options)
-    reached = first.test[-1].accuracy >= 1
-    assert (first.status, again.status) == (
-        "completed",
-        "target reached" if reached else "completed",
-    )
-
-
-def test_numbers_of_numpy_can_be_resumed_from():
-    for lr in np.logspace(-2, -1, 2):
-        Path("run.pt").unlink(missing_ok=True)
-        for loader, status in ((interrupted_at(4), "interrupted"), (BATCHES, "completed")):
-            model = linear_model()
-            options = RESUME if Path("run.pt").exists() else KEEP
-            history, _ = tiny_run(model, sgd(model, lr), loaders=(loader, BATCHES), **options)
-            assert history.status == status
+def test_a_rate_of_numpy_can_be_resumed_from():
+    for loader, resume in ((interrupted_at(4), False), (BATCHES, True)):
+        model = linear_model()
+        options = KEEP | {"resume": resume, "loaders": (loader, BATCHES)}
+        history, _ = tiny_run(model, sgd(model, np.logspace(-2, -1, 2)[0]), **options)
+    assert (history.status, len(history.test)) == ("completed", 2)
 
 
 # --- Another run, another file ---
 
 
-def nll(logits, labels):
-    return nn.functional.cross_entropy(logits, labels)
-
-
 class Other(nn.Sequential):
-    """A linear model of another class."""
-
-    def __init__(self):
-        super().__init__(*linear_model())
+    """A model of another class."""
 
 
 OTHERS = {  # other runs, and what names the difference
     "epochs": lambda: {"epochs": 3},
     "rates": lambda: {"lr": 0.01},
-    "loss": lambda: {"loss_fn": nll},
-    "model": lambda: {"model": Other()},
+    "loss": lambda: {"loss_fn": nn.functional.cross_entropy},
+    "model": lambda: {"model": Other(*linear_model())},
     "batches": lambda: {"loaders": (random_batches((5, 5)), BATCHES)},
     "parameters": lambda: {"model": nn.Sequential(*linear_model(), nn.Linear(10, 10))},
     "optimizer": lambda: {"make": lambda parameters, lr: torch.optim.Adam(parameters, lr)},
@@ -215,7 +188,7 @@ def test_a_checkpoint_that_cannot_be_written_warns_and_the_next_epoch_tries_agai
         history, _ = tiny_run(epochs=3, callback=callback, **KEEP)
     assert len(warned) == 1
     assert (history.status, kept) == ("completed", [1, 1, 3])
-    assert os.listdir() == ["run.pt"]
+    assert [path.name for path in Path().iterdir()] == ["run.pt"]
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_before_training():
@@ -252,20 +225,12 @@ def test_where_nothing_gets_lost_nothing_is_said():
 # --- Weights for others ---
 
 
-def test_load_model_takes_the_best_weights_from_a_checkpoint(monkeypatch):
-    weights = []
-
-    def test_cnn(model, *_, **__):
-        weights.append(weights_of(model))
-        accuracy = [30.0, 50.0, 40.0][len(weights) - 1]
-        return velasoka.EpochResult(1.0, accuracy, 0, 1, 1.0)
-
-    monkeypatch.setattr(velasoka, "test_cnn", test_cnn)
+def test_load_model_takes_the_best_weights_from_a_checkpoint(scripted):
     tiny_run(epochs=3, **KEEP)
     model = linear_model()
     assert velasoka.load_model(model, "run.pt", "cpu") is model
-    assert torch.equal(weights_of(model), weights[1])
-    assert not torch.equal(weights[1], weights[2])
+    assert torch.equal(weights_of(model), scripted[1])
+    assert not torch.equal(scripted[1], scripted[2])
 
 
 @pytest.mark.parametrize("has_best", [True, False])  # version 2 had none before the first test
@@ -277,13 +242,3 @@ def test_load_model_takes_the_weights_from_a_checkpoint_of_version_2(has_best):
     torch.save(VERSION_2 | parts, "run.pt")
     model = velasoka.load_model(linear_model(), "run.pt")
     assert torch.equal(weights_of(model), weights_of(trained))
-
-
-def test_weights_that_are_not_finite_are_refused_and_the_models_own_kept():
-    damaged = linear_model()
-    damaged[2].bias.data[3] = math.nan
-    velasoka.save_model(damaged, "net.pt")
-    model = linear_model()
-    with pytest.raises(ValueError, match=r"^net\.pt: [^\n]*2\.bias has NaN[^\n]*$"):
-        velasoka.load_model(model, "net.pt")
-    assert torch.equal(weights_of(model), weights_of(linear_model()))

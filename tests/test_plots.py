@@ -54,25 +54,17 @@ def test_a_mean_and_std_of_another_number_of_channels_are_refused(channels):
 
 
 def test_show_misclassified_shows_the_surest_mistakes_first(pictures):
-    dataset = pictures[1]
-    names = dataset.classes
-    logits = 10.0 * torch.eye(10)[dataset.targets]
+    images, labels, names = pictures[1].data, pictures[1].targets, pictures[1].classes
+    logits = 10.0 * torch.eye(10)[labels]
+    figure = velasoka.show_misclassified(images, np.array(labels), logits, names)
+    assert texts(figure) == ["of 70 images none is misclassified"]
     logits[3] = torch.eye(10)[0] * 2
     logits[5] = torch.eye(10)[1] * 5
-    figure = velasoka.show_misclassified(dataset.data, dataset.targets, logits, names)
-    first, second = (title.partition(" (")[0] for title in titles(figure))
-    assert first == f"{names[5]}, taken for\n{names[1]}"
-    assert second == f"{names[3]}, taken for\n{names[0]}"
-
-
-def test_show_misclassified_says_if_there_is_none_and_refuses_lengths_that_differ(pictures):
-    images = pictures[1].data[:4]
-    labels = pictures[1].targets[:4]
-    logits = torch.eye(10)[labels]
-    figure = velasoka.show_misclassified(images, np.array(labels), logits, pictures[1].classes)
-    assert texts(figure) == ["of 4 images none is misclassified"]
-    with pytest.raises(ValueError, match="4 images, 4 labels, 3 logits"):
-        velasoka.show_misclassified(images, labels, logits[:3], pictures[1].classes)
+    figure = velasoka.show_misclassified(images, labels, logits, names)
+    shown = [title.partition(" (")[0] for title in titles(figure)]
+    assert shown == [f"{names[5]}, taken for\n{names[1]}", f"{names[3]}, taken for\n{names[0]}"]
+    with pytest.raises(ValueError, match="70 images, 70 labels, 3 logits"):
+        velasoka.show_misclassified(images, labels, logits[:3], names)
 
 
 def test_plot_history_draws_accuracy_and_loss_of_one_run_or_several():

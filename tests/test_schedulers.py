@@ -26,9 +26,7 @@ from torch.optim import lr_scheduler as lrs
 import velasoka
 
 CE = nn.CrossEntropyLoss()
-every_optimizer = pytest.mark.parametrize(
-    "get_optimizer", [velasoka.get_muon_optimizer, velasoka.get_sgd_optimizer]
-)
+OPTIMIZERS = [velasoka.get_muon_optimizer, velasoka.get_sgd_optimizer]
 
 # --- Muon ---
 
@@ -38,30 +36,27 @@ def classifier(device):
     return conv_model(nn.Flatten(), nn.Linear(4 * 13 * 13, 10)).to(device)
 
 
-def take_step(model, optimizer, seed=0):
-    """One step on random images."""
-    device = next(model.parameters()).device
+def take_steps(model, optimizer, number=1, seed=0):
+    """Steps on random images."""
     torch.manual_seed(seed)
-    optimizer.zero_grad()
-    model(torch.randn(4, 3, 32, 32, device=device)).square().mean().backward()
-    optimizer.step()
+    for _ in range(number):
+        optimizer.zero_grad()
+        images = torch.randn(4, 3, 32, 32, device=next(model.parameters()).device)
+        model(images).square().mean().backward()
+        optimizer.step()
 
 
-def test_muon_turns_filters_and_keeps_their_norm(classifier):
-    with torch.no_grad():
-        classifier[3].weight.mul_(7)
-    before = [classifier[index].weight.detach().clone() for index in (0, 3)]
-    optimizer = velasoka.get_muon_optimizer(classifier, lr=0.01)
-    for _ in range(3):
-        take_step(classifier, optimizer)
-    for index, old in zip((0, 3), before, strict=True):
-        new = classifier[index].weight
-        assert new.norm().item() == pytest.approx(old.norm().item(), rel=0.02)
-        assert 0.005 < (new - old).norm() / old.norm() < 0.05  # the same angle whatever the norm
+def test_muon_turns_filters_by_the_rate_and_keeps_their_norm(classifier):
+    weight = classifier[3].weight
+    weight.data.mul_(7)
+    old = weight.detach().clone()
+    take_steps(classifier, velasoka.get_muon_optimizer(classifier, lr=0.01), 3)
+    assert weight.norm().item() == pytest.approx(old.norm().item(), rel=0.02)
+    assert 0.005 < (weight - old).norm() / old.norm() < 0.05
 
 
 def test_muon_moves_filters_along_the_orthogonal_part_of_the_gradient(device):
-    model = nn.Sequential(nn.Conv2d(8, 16, 3, bias=False), nn.Flatten(), nn.Linear(1, 1)).to(device)
+    model = nn.Sequential(nn.Conv2d(8, 16, 3, bias=False), nn.Linear(1, 1)).to(device)
     weight = model[0].weight
     weight.grad = 1e-6 * torch.randn_like(weight)  # however small
     left, _, right = torch.linalg.svd(weight.grad.flatten(1), full_matrices=False)
@@ -73,17 +68,14 @@ def test_muon_moves_filters_along_the_orthogonal_part_of_the_gradient(device):
 
 def test_muon_moves_filters_that_begin_at_zero(classifier):
     nn.init.zeros_(classifier[3].weight)
-    optimizer = velasoka.get_muon_optimizer(classifier, lr=0.01)
-    for _ in range(2):
-        take_step(classifier, optimizer)
-    assert all(parameter.isfinite().all() for parameter in classifier.parameters())
+    take_steps(classifier, velasoka.get_muon_optimizer(classifier, lr=0.01), 2)
+    assert weights_of(classifier).isfinite().all()
     assert classifier[3].weight.any()
 
 
 def test_muon_moves_each_kind_of_parameter_at_its_own_pace(model):
-    optimizer = velasoka.get_muon_optimizer(model, lr=0.1)
     pace = {}
-    for group in optimizer.param_groups:
+    for group in velasoka.get_muon_optimizer(model, lr=0.1).param_groups:
         rate = round(group["lr"] * group["lr_scale"], 9)
         pace |= dict.fromkeys(group["params"], ("muon" if group["muon"] else "sgd", rate))
     assert set(pace) == set(model.parameters())
@@ -93,21 +85,11 @@ def test_muon_moves_each_kind_of_parameter_at_its_own_pace(model):
     assert pace[norm.weight] == pace[model.c1[0].bias] == pace[model.c4[1].weight] == ("sgd", 0.2)
 
 
-def test_muon_has_no_weight_decay(model):
-    optimizer = velasoka.get_muon_optimizer(model)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    before = weights_of(model)
-    optimizer.step()
-    torch.testing.assert_close(weights_of(model), before)
-
-
 MODELS = {
     "no convolution": lambda: [nn.Flatten(), nn.Linear(3072, 10)],
     "only a convolution": lambda: [nn.Conv2d(3, 10, 32), nn.Flatten()],
     "depthwise": lambda: [nn.Conv2d(3, 6, 3, groups=3), nn.Conv2d(6, 10, 30), nn.Flatten()],
-    "frozen": lambda: [nn.Conv2d(3, 4, 3).requires_grad_(False), nn.Flatten(), nn.Linear(3600, 10)],
-    "no filter": lambda: [nn.Flatten(), nn.BatchNorm1d(3072), nn.Linear(3072, 10, bias=False)],
+    "frozen": lambda: [nn.Conv2d(3, 3, 1).requires_grad_(False), nn.Flatten(), nn.Linear(3072, 10)],
 }
 
 
@@ -123,22 +105,19 @@ def test_muon_takes_any_model_and_leaves_frozen_parameters_alone(kind, device):
 def test_muon_takes_a_closure(classifier):
     optimizer = velasoka.get_muon_optimizer(classifier)
     before = weights_of(classifier)
-    images, labels = (part.to(classifier[0].weight.device) for part in BATCHES[0])
 
     def closure():
-        optimizer.zero_grad()
-        loss = CE(classifier(images), labels)
+        loss = classifier(torch.ones(2, 3, 32, 32, device=classifier[0].weight.device)).sum()
         loss.backward()
         return loss
 
-    assert optimizer.step(closure).item() > 0
+    assert optimizer.step(closure).requires_grad
     assert not torch.equal(weights_of(classifier), before)
 
 
-def test_an_overflow_leaves_weights_and_momentum_bit_for_bit(model, device):
-    model.to(device)
-    optimizer = velasoka.get_muon_optimizer(model)
-    take_step(model, optimizer)
+def test_after_an_overflow_weights_and_momentum_are_the_same_bit_for_bit(model, device):
+    optimizer = velasoka.get_muon_optimizer(model.to(device))
+    take_steps(model, optimizer)
     before = copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
     for parameter in model.parameters():
         parameter.grad.fill_(math.nan)
@@ -149,9 +128,8 @@ def test_an_overflow_leaves_weights_and_momentum_bit_for_bit(model, device):
     torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
-def test_muon_unscales_the_gradients_of_a_scaler(classifier):
+def test_muon_unscales_the_gradients_of_a_scaler(classifier, device):
     twin = copy.deepcopy(classifier)
-    device = classifier[0].weight.device
     for model, scale in ((classifier, 1.0), (twin, 64.0)):
         optimizer = velasoka.get_muon_optimizer(model)
         for parameter in model.parameters():
@@ -164,102 +142,57 @@ def test_muon_unscales_the_gradients_of_a_scaler(classifier):
 
 @pytest.mark.parametrize(("size", "lr"), [(16, 0.025), (64, 0.05), (256, 0.1), (1024, 0.2)])
 def test_the_default_rate_follows_the_square_root_of_the_batch_size(size, lr, model):
-    optimizer = velasoka.get_muon_optimizer(model, batch_size=size)
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr] * 3)
-    optimizer = velasoka.get_muon_optimizer(model, lr=0.3, batch_size=size)  # set by hand
-    assert [group["lr"] for group in optimizer.param_groups] == [0.3] * 3
+    for given, expected in ((None, lr), (0.3, 0.3)):
+        optimizer = velasoka.get_muon_optimizer(model, given, batch_size=size)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([expected] * 3)
 
 
 # --- Every optimiser, and the loss ---
 
 
-def assert_move_alike(ours, theirs, device):
-    """Step two pairs of model and optimiser on the same batches, and compare the weights."""
-    for images, _ in BATCHES:
-        for model, optimizer in (ours, theirs):
-            optimizer.zero_grad()
-            model(images.to(device)).square().mean().backward()
-            optimizer.step()
-    torch.testing.assert_close(weights_of(ours[0]), weights_of(theirs[0]), atol=1e-6, rtol=1e-4)
+def muon_alike(model):
+    return sgd(model, 0.02, nesterov=True)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.7])
-def test_sgd_is_torchs_with_nesterov_momentum_and_weight_decay(momentum, device):
-    ours, theirs = linear_model().to(device), linear_model().to(device)
-    one = velasoka.get_sgd_optimizer(ours, lr=0.03, momentum=momentum)
-    other = sgd(theirs, 0.03, momentum, nesterov=momentum > 0, weight_decay=5e-4)
-    assert_move_alike((ours, one), (theirs, other), device)
+def sgd_alike(model):
+    return sgd(model, 0.01, nesterov=True, weight_decay=5e-4)
 
 
-def test_muon_moves_what_is_no_filter_as_torchs_sgd_does(device):
-    ours, theirs = linear_model().to(device), linear_model().to(device)
-    one = velasoka.get_muon_optimizer(ours, lr=0.01)
-    other = sgd(theirs, 0.02, 0.9, nesterov=True)
-    assert_move_alike((ours, one), (theirs, other), device)
+@pytest.mark.parametrize("pair", [*zip(OPTIMIZERS, (muon_alike, sgd_alike), strict=True)])
+def test_what_is_no_filter_moves_as_torchs_sgd_moves_it(pair, device):
+    weights = []
+    for make, options in zip(pair, ({"lr": 0.01}, {}), strict=True):
+        model = linear_model().to(device)
+        take_steps(model, make(model, **options), 3)
+        weights.append(weights_of(model))
+    torch.testing.assert_close(*weights, atol=1e-6, rtol=1e-4)
 
 
-@every_optimizer
-def test_optimisers_do_not_mind_how_weights_are_laid_out(get_optimizer, device):
-    results = []
-    for layout in (torch.contiguous_format, torch.channels_last):
-        torch.manual_seed(0)
-        model = velasoka.SimpleModel(fm_size=4).to(device, memory_format=layout)
-        optimizer = get_optimizer(model)
-        for seed in range(2):
-            take_step(model, optimizer, seed)
-        results.append(weights_of(model))
-    torch.testing.assert_close(*results, atol=0.03, rtol=0)
-
-
-@every_optimizer
-def test_optimisers_go_on_from_their_state_dict(get_optimizer, model, device):
-    model.to(device)
-    one = get_optimizer(model)
-    take_step(model, one, 1)
-    twin = copy.deepcopy(model)
+@pytest.mark.parametrize("get_optimizer", OPTIMIZERS)
+def test_optimisers_go_on_from_their_state_dict(get_optimizer, classifier):
+    one = get_optimizer(classifier)
+    take_steps(classifier, one)
+    twin = copy.deepcopy(classifier)
     other = get_optimizer(twin, lr=3.0)
     other.load_state_dict(copy.deepcopy(one.state_dict()))
-    take_step(model, one, 2)
-    take_step(twin, other, 2)
-    assert torch.equal(weights_of(model), weights_of(twin))
+    take_steps(classifier, one, 2)
+    take_steps(twin, other, 2)
+    assert torch.equal(weights_of(classifier), weights_of(twin))
 
 
 def test_label_smoothing_lowers_the_target():
     logits, labels = torch.randn(5, 10), torch.arange(5)
-    for smoothing in (0.0, 0.3):
-        expected = nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
-        assert velasoka.get_ce_loss(smoothing)(logits, labels) == expected
+    expected = nn.functional.cross_entropy(logits, labels, label_smoothing=0.3)
+    assert velasoka.get_ce_loss(0.3)(logits, labels) == expected
 
 
 # --- When a scheduler is stepped ---
 
 
-def one_cycle(optimizer):
-    return lrs.OneCycleLR(optimizer, 0.1, total_steps=12)  # exactly as long as the run
-
-
-def cyclic(optimizer):
-    return lrs.CyclicLR(optimizer, 0.01, 0.05, step_size_up=2)
-
-
-def step_lr(optimizer):
-    return lrs.StepLR(optimizer, 2, gamma=0.5)
-
-
-def plateau(optimizer, **options):
-    return lrs.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, **options)
-
-
-def sequence(optimizer):
-    parts = [lrs.LinearLR(optimizer, 0.25, total_iters=3), lrs.ExponentialLR(optimizer, 0.5)]
-    return lrs.SequentialLR(optimizer, parts, [1])
-
-
 KINDS = {  # and how often they are stepped unless something else is said
-    "StepLR": (step_lr, "epoch"),
-    "SequentialLR": (sequence, "epoch"),
-    "OneCycleLR": (one_cycle, "batch"),
-    "CyclicLR": (cyclic, "batch"),
+    "StepLR": (lambda o: lrs.StepLR(o, 2, gamma=0.5), "epoch"),
+    "OneCycleLR": (lambda o: lrs.OneCycleLR(o, 0.1, total_steps=12), "batch"),  # as the run
+    "CyclicLR": (lambda o: lrs.CyclicLR(o, 0.01, 0.05, step_size_up=2), "batch"),
 }
 
 
@@ -270,13 +203,13 @@ def noted(optimizer):
     return rates
 
 
-def run(make=None, optimizer=None, model=None, epochs=4, **options):
-    """A run of three batches an epoch: its history, each step's rate and the one left."""
+def run(make=None, optimizer=None, model=None, **options):
+    """Four epochs of three batches: the history, each step's rate and the one that is left."""
     model = model or linear_model()
     optimizer = optimizer or sgd(model)
     rates = noted(optimizer)
     scheduler = None if make is None else make(optimizer)
-    history, _ = tiny_run(model, optimizer, epochs=epochs, scheduler=scheduler, **options)
+    history, _ = tiny_run(model, optimizer, epochs=4, scheduler=scheduler, **options)
     return history, [*rates, optimizer.param_groups[0]["lr"]]
 
 
@@ -285,12 +218,9 @@ def by_hand(make, interval, epochs=4):
     optimizer = sgd(nn.Linear(1, 1))
     scheduler = make(optimizer)
     rates = noted(optimizer)
-    for _ in range(epochs):
-        for _ in BATCHES:
-            optimizer.step()
-            if interval == "batch":
-                scheduler.step()
-        if interval == "epoch":
+    for step in range(1, 3 * epochs + 1):
+        optimizer.step()
+        if interval == "batch" or step % 3 == 0:
             scheduler.step()
     return [*rates, optimizer.param_groups[0]["lr"]]
 
@@ -299,22 +229,16 @@ def by_hand(make, interval, epochs=4):
 @pytest.mark.parametrize("name", KINDS)
 def test_a_scheduler_is_stepped_as_torchs_documentation_steps_it(name, interval):
     make, usual = KINDS[name]
-    _, rates = run(make, scheduler_interval=interval)
+    history, rates = run(make, scheduler_interval=interval)
     assert rates == by_hand(make, interval or usual)
-
-
-@pytest.mark.parametrize("interval", [None, "epoch", "batch"])
-@pytest.mark.parametrize("name", KINDS)
-def test_train_cnn_steps_a_scheduler_likewise(name, interval):
-    make, usual = KINDS[name]
+    assert history.learning_rates == rates[:-1]
     model = linear_model()
     optimizer = sgd(model)
     rates = noted(optimizer)
-    options = {"scheduler": make(optimizer), "scheduler_interval": interval}
+    options = QUIET | {"scheduler": make(optimizer), "scheduler_interval": interval}
     for _ in range(2):
-        velasoka.train_cnn(model, BATCHES, CE, optimizer, "cpu", **QUIET, **options)
-    rates.append(optimizer.param_groups[0]["lr"])
-    assert rates == by_hand(make, interval or usual, epochs=2)
+        velasoka.train_cnn(model, BATCHES, CE, optimizer, "cpu", **options)
+    assert [*rates, optimizer.param_groups[0]["lr"]] == by_hand(make, interval or usual, 2)
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
@@ -322,28 +246,25 @@ def test_reduce_on_plateau_goes_by_the_test_loss_or_with_max_by_the_accuracy(mod
     results = [(1.0, 50.0), (0.9, 40.0), (0.95, 60.0), (0.5, 55.0)]  # loss, accuracy
     outcomes = iter([velasoka.EpochResult(*result, 1, 2, 1.0) for result in results])
     monkeypatch.setattr(velasoka, "test_cnn", lambda *_, **__: next(outcomes))
-    _, rates = run(lambda optimizer: plateau(optimizer, mode=mode))
+    _, rates = run(lambda o: lrs.ReduceLROnPlateau(o, mode, factor=0.5, patience=0))
     expected = {"min": [0.05, 0.05, 0.05, 0.025, 0.025], "max": [0.05, 0.05, 0.025, 0.025, 0.0125]}
     assert rates[::3] == expected[mode]
 
 
-def test_train_cnn_has_no_test_for_reduce_on_plateau():
+def test_train_cnn_has_no_test_for_reduce_on_plateau_which_it_says_before_training():
     model = linear_model()
     optimizer = sgd(model)
-    before = weights_of(model)
+    scheduler = lrs.ReduceLROnPlateau(optimizer)
     with pytest.raises(ValueError, match=r"ReduceLROnPlateau .*start_cnn"):
-        scheduler = plateau(optimizer)
         velasoka.train_cnn(model, BATCHES, CE, optimizer, "cpu", scheduler=scheduler, **QUIET)
-    assert torch.equal(weights_of(model), before)
+    assert torch.equal(weights_of(model), weights_of(linear_model()))
 
 
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
-        ("get_step_lr_scheduler", {}, lambda o: lrs.StepLR(o, 10, 0.1)),
         ("get_step_lr_scheduler", {"step_size": 8, "gamma": 0.5}, lambda o: lrs.StepLR(o, 8, 0.5)),
         ("get_multi_step_lr_scheduler", {}, lambda o: lrs.MultiStepLR(o, [10, 20], 0.1)),
-        ("get_multi_step_lr_scheduler", {"milestone": [5]}, lambda o: lrs.MultiStepLR(o, [5], 0.1)),
     ],
 )
 def test_the_courses_helpers_give_torchs_own_schedulers(name, options, expected):
@@ -351,7 +272,6 @@ def test_the_courses_helpers_give_torchs_own_schedulers(name, options, expected)
     one, other = getattr(velasoka, name)(optimizer=optimizer, **options), expected(twin)
     assert type(one) is type(other)
     assert one.state_dict() == other.state_dict()
-    assert one.optimizer is optimizer
 
 
 # --- The schedule of a run without one ---
@@ -362,8 +282,7 @@ def test_the_rate_warms_up_and_ends_near_zero_and_starts_afresh_in_a_second_run(
     optimizer = sgd(model, 0.1)
     batches = random_batches((2,) * 50)
     for _ in range(2):
-        history, _ = tiny_run(model, optimizer, loaders=(batches, BATCHES))
-        rates = history.learning_rates
+        rates = tiny_run(model, optimizer, loaders=(batches, BATCHES))[0].learning_rates
         peak = rates.index(max(rates))
         assert len(rates) == 100
         assert rates[0] < rates[peak] == pytest.approx(0.1)
@@ -372,14 +291,7 @@ def test_the_rate_warms_up_and_ends_near_zero_and_starts_afresh_in_a_second_run(
         assert 0 < rates[-1] < 0.003
 
 
-@pytest.mark.parametrize("make", [None, step_lr, one_cycle])
-def test_a_history_has_the_rate_of_each_training_batch(make):
-    history, rates = run(make)
-    assert history.learning_rates == rates[:-1]
-    assert len(history.learning_rates) == 12
-
-
-@pytest.mark.filterwarnings("ignore:diverged")
+@pytest.mark.filterwarnings("ignore:Diverged")
 @pytest.mark.parametrize("ending", ["completed", "interrupted", "diverged", "failed"])
 def test_however_a_run_ends_the_optimiser_has_its_own_rates_back(ending):
     model = linear_model()
@@ -396,20 +308,13 @@ def test_however_a_run_ends_the_optimiser_has_its_own_rates_back(ending):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_scheduler_after_a_run_without_one_begins_at_the_optimisers_own_rate(name):
+def test_runs_with_and_without_a_scheduler_may_follow_each_other(name):
     model = linear_model()
     optimizer = sgd(model)
     run(None, optimizer, model)
     make, interval = KINDS[name]
     assert run(make, optimizer, model)[1] == by_hand(make, interval)
-
-
-@pytest.mark.parametrize("first", [None, step_lr])
-def test_a_rate_set_by_hand_is_the_next_runs_peak(first):
-    model = linear_model()
-    optimizer = sgd(model)
-    run(first, optimizer, model)
-    optimizer.param_groups[0]["lr"] = 0.004
+    optimizer.param_groups[0]["lr"] = 0.004  # set by hand: the next run's peak
     _, rates = run(None, optimizer, model)
     assert max(rates) == pytest.approx(0.004)
     assert rates[-1] == 0.004

@@ -1,18 +1,21 @@
 """What can go wrong in training: a test for each row, named after it.
 
-fault                               what the user sees                    what is kept
-----------------------------------  ------------------------------------  ------------------------------
-interrupted, at any moment          one line, status "interrupted"        history, best weights, checkpoint
-interrupted in the first epoch      the same                              what has been learnt so far
-killed, at any moment               resume continues                      the checkpoint of the last epoch
-a loss that is not finite           epoch, batch, lr, status "diverged"   history, best weights, checkpoint
-a few overflows in float16          nothing: the scaler sees to it        all
-an error of the user's own          the error, with its history           best weights, checkpoint
-a checkpoint that cannot be written a warning, the next epoch tries again history, the checkpoint before
-memory exhausted                    one line: batch size, and half of it  the checkpoint of the last epoch
-resuming another run                one line: what differs                the checkpoint
-a checkpoint of something else      one line naming the file              that file; no code of it runs
-weights that are not finite         one line naming file and tensor       the model's own weights
+fault                             what the user sees                     what is kept
+--------------------------------  -------------------------------------  -------------------------
+interrupted, at any moment        one line, status "interrupted"         history, best weights
+interrupted in the first epoch    the same                               what has been learnt
+killed, at any moment             resume continues                       the last epoch's checkpoint
+a loss that is not finite         epoch, batch, lr, status "diverged"    history, best weights
+a few overflows in float16        nothing: the scaler sees to it         all
+an error of the user's own        the error, with its history            best weights
+a checkpoint not to be written    a warning; the next epoch tries again  the checkpoint before
+memory exhausted                  one line: batch size, and half of it   the last epoch's checkpoint
+resuming another run              one line: what differs                 the checkpoint
+a checkpoint of something else    one line naming the file               the file; no code of it runs
+weights that are not finite       one line naming file and tensor        the model's own weights
+
+The last checkpoint is kept in every row. The rows on overflows and memory are tested in
+test_training.py, those from the seventh on in test_checkpoints.py and test_keeping.py.
 """
 
 import os
@@ -35,6 +38,7 @@ from conftest import (
     overflowing,
     random_batches,
     tiny_run,
+    train,
     weights_of,
 )
 from torch import nn
@@ -49,7 +53,7 @@ EXITED = "DataLoader worker (pid(s) 7) exited unexpectedly"
 KILLED = "DataLoader worker (pid 7) is killed by signal: "
 
 
-def tested(model):
+def loss_of(model):
     """The loss of `model` on the test batches."""
     return velasoka.test_cnn(model, BATCHES, "cpu", **QUIET).loss
 
@@ -75,8 +79,7 @@ def run_with(error, place, **options):
         calls = iter(Breaking([None] * 6, error, at=4))
         loss_fn.register_forward_pre_hook(lambda *_: next(calls))
     else:
-        at = {"train": 4, "test": 4}[place]  # one test batch is tried beforehand
-        loaders[place] = Breaking(BATCHES, error, at)
+        loaders[place] = Breaking(BATCHES, error, at=4)
     return tiny_run(loss_fn=loss_fn, loaders=tuple(loaders.values()), **options)
 
 
@@ -85,7 +88,7 @@ def run_with(error, place, **options):
 def test_an_interrupt_returns_the_history_and_the_best_weights(error, place):
     history, model = run_with(error, place)
     assert (history.status, len(history.train), len(history.test)) == ("interrupted", 1, 1)
-    assert tested(model) == pytest.approx(history.test[0].loss, rel=1e-5)
+    assert loss_of(model) == pytest.approx(history.test[0].loss, rel=1e-5)
 
 
 def test_an_interrupt_in_the_first_epoch_keeps_what_has_been_learnt():
@@ -138,25 +141,20 @@ def interrupted(call, moment=None):
         sys.settrace(before)
 
 
-def small_run(error=None, at=None, **options):
-    """A run of a tiny model on the CPU that learns a little in each epoch; history and model."""
+def small_run(**options):
+    """A run of a tiny model on the CPU; its history, model and test loader."""
     velasoka.seed_everything(4)
     pair = velasoka.get_synthetic_dataset(40, 20)
-    loader, test_loader = velasoka.get_cifar10_data_loader(pair, 20, device="cpu")
-    if error:
-        loader = Breaking(loader, error, at)
+    loaders = velasoka.get_cifar10_data_loader(pair, 20, device="cpu")
     model = velasoka.SimpleModel(fm_size=2)
-    optimizer = velasoka.get_muon_optimizer(model)
-    loaders = loader, test_loader
-    history = velasoka.start_cnn(model, optimizer, CE, loaders, "cpu", 3, **QUIET | options)
-    return history, model, test_loader
+    return train(model, loaders, "cpu", 3, **options), model, loaders[1]
 
 
 def test_interrupted_at_any_moment_nothing_is_lost_and_resume_ends_the_same(monkeypatch):
     monkeypatch.setattr(velasoka.time, "perf_counter", lambda: 0.0)  # no reading in between
     _, whole, _ = small_run()
     _, count = interrupted(lambda: small_run(**KEEP))
-    for moment in random.Random(0).sample(range(count - 5), 25):  # in the last lines all is done
+    for moment in random.Random(0).sample(range(count - 5), 15):  # in the last lines all is done
         Path("run.pt").unlink(missing_ok=True)
         (history, model, test_loader), _ = interrupted(lambda: small_run(**KEEP), moment)
         assert history.status == "interrupted", moment
@@ -174,48 +172,34 @@ def test_interrupted_at_any_moment_nothing_is_lost_and_resume_ends_the_same(monk
 
 # --- Kills ---
 
-DEATHS = {  # where a process dies without a word, in its second epoch
-    "in a batch": "t.small_run(t.die, 3, **t.KEEP)",
-    "writing the checkpoint": "t.fail_at(os, 'fsync', 1); t.small_run(**t.KEEP)",
-    "renaming the checkpoint": "t.fail_at(t.Path, 'replace', 1); t.small_run(**t.KEEP)",
-}
+PROGRAM = """
+import itertools, os, signal, sys
+sys.path[:0] = {folders!r}
+import test_survival
+
+fsync, calls = os.fsync, itertools.count()
 
 
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
+def fail(descriptor):
+    if next(calls) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(descriptor)
 
 
-def fail_at(owner, name, number):
-    """Have the function `name` of `owner` kill the process at its `number`-th call, from 0."""
-    function = getattr(owner, name)
-    calls = iter(range(100))
-    setattr(owner, name, lambda *args: die() if next(calls) == number else function(*args))
+os.fsync = fail
+test_survival.small_run(checkpoint_path="run.pt")
+"""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-@pytest.mark.parametrize("where", DEATHS)
-def test_killed_at_any_moment_resume_ends_as_if_nothing_had_happened(where):
-    folders = [str(Path(__file__).parent), str(Path(velasoka.__file__).parent)]
-    program = (
-        f"import os, sys; sys.path[:0] = {folders}; import test_survival as t; {DEATHS[where]}"
-    )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)  # noqa: S603
+def test_killed_while_it_writes_a_checkpoint_resume_ends_as_if_nothing_had_happened():
+    folders = [str(Path(file).parent) for file in (__file__, velasoka.__file__)]
+    command = [sys.executable, "-c", PROGRAM.format(folders=folders)]
+    ended = subprocess.run(command, capture_output=True, check=False)  # noqa: S603
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
     resumed, model, _ = small_run(**RESUME)
-    _, whole, _ = small_run()
     assert (resumed.status, len(resumed.test)) == ("completed", 3)
-    assert torch.equal(weights_of(model), weights_of(whole))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
-def test_ctrl_c_is_an_interrupt():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
-    try:
-        error = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
-        history, _ = tiny_run(loaders=(Breaking(BATCHES * 50, error, at=200), BATCHES))
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert history.status == "interrupted"
+    assert torch.equal(weights_of(model), weights_of(small_run()[1]))
 
 
 # --- A loss that is not finite ---
@@ -227,7 +211,7 @@ def test_a_loss_that_is_not_finite_ends_training_and_is_named(progress):
         history, model = tiny_run(loss_fn=overflowing(CE, at=[4]), progress=progress, **KEEP)
     assert len(said) == 1
     assert (history.status, len(history.test)) == ("diverged", 1)
-    assert tested(model) == pytest.approx(history.test[0].loss, rel=1e-5)
+    assert loss_of(model) == pytest.approx(history.test[0].loss, rel=1e-5)
 
 
 def test_a_loss_that_is_never_finite_leaves_the_weights_it_began_with():
@@ -271,7 +255,7 @@ def test_any_other_error_is_raised_as_it_is_with_the_history_and_the_best_weight
     assert caught.value is error
     history = error.history
     assert len(history.train) == len(history.test) == history.best_epoch == 1
-    assert tested(model) == pytest.approx(history.test[0].loss, rel=1e-5)
+    assert loss_of(model) == pytest.approx(history.test[0].loss, rel=1e-5)
 
 
 class Faulty(Dataset):
