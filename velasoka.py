@@ -51,7 +51,6 @@ import torch
 import torch.nn.functional as F
 import torchsummary
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
@@ -1371,7 +1370,7 @@ def to_pil() -> transforms.ToPILImage:
 
 
 def compose_transform(*args: Callable) -> transforms.Compose:
-    """Return torchvision's `Compose` of the transforms, applied from left to right."""
+    """Return torchvision's `Compose`: the transforms, applied from left to right."""
     return transforms.Compose(list(args))
 
 
@@ -1382,14 +1381,14 @@ def get_cifar10_dataset(
     root: _PathLike = "./data",
     download: bool = True,
 ) -> tuple[Dataset, Dataset]:
-    """Return CIFAR-10 as `(train, test)`, of items (float tensor 3×32×32, normalised; label).
+    """Return CIFAR-10 as `(train, test)`, of items (normalised float tensor 3×32×32, label).
 
     Each has `data` (uint8 array N×32×32×3), `targets`, `classes` and `class_to_idx`. `root` holds
     torchvision's `cifar-10-batches-py` or its archive, or 32×32 images, PNG or JPEG, in
     `train/<class>/` and `test/<class>/`; otherwise the archive is downloaded into it.
 
     Raises FileNotFoundError if there is nothing and `download` is false, ConnectionError if no
-    source delivers, ValueError naming a file or folder that is not as it should be.
+    source delivers, ValueError for a file or folder that is not as it should be.
     """
     _check_normalization(mean, std)
     root = Path(root).expanduser()
@@ -1399,7 +1398,12 @@ def get_cifar10_dataset(
     if not is_published and ((root / "train").is_dir() or (root / "test").is_dir()):
         parts = [_read_image_folders(root / split) for split in ("train", "test")]
     else:
-        _check_not_misplaced(root)
+        nearby = sorted(root.glob("*"))
+        if (root / "airplane").is_dir():
+            nearby.append(root.parent)
+        for folder in nearby:  # a level too high or too deep: no download is wanted
+            if (folder / _BATCHES).is_dir() or (folder / "train" / "airplane").is_dir():
+                raise ValueError(f"{root}: CIFAR-10 seems to lie in {folder}; name that folder")
         if not download and not is_published:
             raise FileNotFoundError(f"{root}: no CIFAR-10 here; {_EXPECTED}")
         folder = download_cifar10(root).parent
@@ -1409,24 +1413,13 @@ def get_cifar10_dataset(
 
 
 _EXPECTED = (
-    "expected are cifar-10-batches-py, its archive cifar-10-python.tar.gz, or 32×32 images in "
-    "train/<class>/ and test/<class>/"
+    "expected: cifar-10-batches-py, its archive, or images in train/<class>/ and test/<class>/"
 )
 
 
 def _check_normalization(mean, std):
     if not (len(mean) == len(std) == 3 and min(std) > 0):
         raise ValueError(f"mean={mean}, std={std}: three numbers each are needed, std above 0")
-
-
-def _check_not_misplaced(root):
-    """Raise ValueError if CIFAR-10 lies a level above or below: no download is wanted."""
-    nearby = sorted(root.glob("*"))
-    if (root / "airplane").is_dir():
-        nearby.append(root.parent)
-    for folder in nearby:
-        if (folder / _BATCHES).is_dir() or (folder / "train" / "airplane").is_dir():
-            raise ValueError(f"{root}: CIFAR-10 seems to lie in {folder}; name that folder")
 
 
 def _read_image_folders(folder):
@@ -1448,7 +1441,7 @@ def _read_image_folders(folder):
 
 
 def _image_files(folder, pattern):
-    paths = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
+    paths = sorted(folder.glob(pattern))
     return [path for path in paths if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
 
 
@@ -1562,14 +1555,12 @@ def download_cifar10(
                 raise ValueError(f"{archive}: damaged; to download it, remove it")
             with tarfile.open(fileobj=io.BytesIO(content)) as tar:
                 tar.extractall(temporary, filter="data")
-            try:
+            with suppress(OSError):  # another process may have been faster
                 (Path(temporary) / _BATCHES).replace(folder)
-            except OSError:
-                if not folder.exists():  # or else another process was faster
-                    raise
     meta = datasets.CIFAR10.meta
     files = [*datasets.CIFAR10.train_list, *datasets.CIFAR10.test_list]
-    for name, md5 in [*files, (meta["filename"], meta["md5"])]:
+    files.append((meta["filename"], meta["md5"]))
+    for name, md5 in files:
         if not check_integrity(folder / name, md5):
             raise ValueError(
                 f"{folder / name}: missing or damaged; to download it, remove {folder}"
@@ -1606,19 +1597,20 @@ def _fetch(url, least_speed):
         if reply.headers.get_content_type() == "text/html":
             raise ConnectionError("it answers with a web page, not with the archive")
         with _make_bar(total=_ARCHIVE_SIZE, unit="B", unit_scale=True) as bar:
+            chunk = b"?"
             began = time.perf_counter()
-            in_window = 0
-            # `read1` returns what has come; `read` would wait, and hide that it crawls
-            while len(content) <= _ARCHIVE_SIZE and (chunk := reply.read1(1 << 16)):
+            size_then = 0
+            while chunk and len(content) <= _ARCHIVE_SIZE:
+                chunk = reply.read1(1 << 16)  # what has come; `read` would wait, and hide crawling
                 content += chunk
                 bar.update(len(chunk))
-                in_window += len(chunk)
                 seconds = time.perf_counter() - began
                 if seconds >= _SPEED_WINDOW:
-                    if in_window < least_speed * seconds:
-                        raise TimeoutError(f"it crawls at {in_window / seconds / 1000:.0f} kB/s")
+                    speed = (len(content) - size_then) / seconds
+                    if speed < least_speed:
+                        raise TimeoutError(f"it crawls at {speed / 1000:.0f} kB/s")
                     began = time.perf_counter()
-                    in_window = 0
+                    size_then = len(content)
     if len(content) < _ARCHIVE_SIZE:
         raise ConnectionError(f"it broke off after {len(content):,} of {_ARCHIVE_SIZE:,} bytes")
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != _ARCHIVE_MD5:
@@ -1631,7 +1623,7 @@ def _fetch(url, least_speed):
 
 def count_parameters(model: nn.Module) -> int:
     """Return the number of trainable parameters of `model`."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return sum(parameter.numel() for parameter in _trainable(model))
 
 
 def receptive_field(model: nn.Module, input_size: Sequence[int] = (3, 32, 32)) -> list[dict]:
@@ -1639,19 +1631,18 @@ def receptive_field(model: nn.Module, input_size: Sequence[int] = (3, 32, 32)) -
 
     A row has `layer` (a module's name, or a function's), `kernel_size`, `stride`, `dilation`,
     `output_size`, `jump` (input pixels between neighbouring cells) and `receptive_field` (input
-    pixels that a cell sees), in pixels, as (height, width) if these differ; the last row has the
-    total. Global pooling sees all of an image of `input_size` = (channels, height, width). Where
-    branches meet, and of several outputs, the larger view counts. What cannot be followed, such
-    as attention, is named in a warning. See https://distill.pub/2019/computing-receptive-fields.
+    pixels that a cell sees), as (height, width) if these differ; the last row has the total.
+    Global pooling sees all of an image of `input_size` = (channels, height, width). Where branches
+    meet, the larger view counts. What cannot be followed, such as attention, is named in a
+    warning. See https://distill.pub/2019/computing-receptive-fields.
     """
     tracer, output = _run_copy(_trace, model, input_size)
     outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
     views = [leaf.seen for leaf in outputs if hasattr(leaf, "seen")]
-    lost = dict.fromkeys(
-        tracer.lost if len(views) == len(outputs) else [*tracer.lost, "the output"]
-    )
-    if lost:
-        names = ", ".join(list(lost)[:6])
+    if len(views) < len(outputs):
+        tracer.lost.append("the output")
+    if tracer.lost:
+        names = ", ".join(list(dict.fromkeys(tracer.lost))[:6])
         warnings.warn(f"receptive field: cannot follow {names}, and leaves it out", stacklevel=2)
     if tracer.rows and views:
         largest = max(views, key=lambda seen: seen[0].tolist())
@@ -1669,10 +1660,11 @@ def _trace(model, input_size):
         return tracer, model(images)
 
 
+_MAX_POOL = ("input", "kernel_size", "stride", "padding", "dilation")
 _WINDOWED = {  # what slides a window, and its arguments in order
     "conv2d": ("input", "weight", "bias", "stride", "padding", "dilation"),
-    "max_pool2d": ("input", "kernel_size", "stride", "padding", "dilation"),
-    "max_pool2d_with_indices": ("input", "kernel_size", "stride", "padding", "dilation"),
+    "max_pool2d": _MAX_POOL,
+    "max_pool2d_with_indices": _MAX_POOL,
     "avg_pool2d": ("input", "kernel_size", "stride"),
 }
 _POOLING = "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "sum", "amax", "amin"
@@ -1707,8 +1699,7 @@ class _ViewTracer(TorchFunctionMode):
         name = function.__name__
         if name.startswith("new_") or name.endswith("_like"):  # only the form of what is given
             return output
-        given = args[:1] if name in ("to", "type_as", "view_as", "expand_as") else (args, kwargs)
-        seen = [leaf.seen for leaf in tree_leaves(given) if hasattr(leaf, "seen")]
+        seen = [leaf.seen for leaf in tree_leaves((args, kwargs)) if hasattr(leaf, "seen")]
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if seen and outputs:
             now = self.step(name, args, kwargs, np.stack(seen), outputs[0])
@@ -1763,7 +1754,7 @@ def model_summary(
     """Print torchsummary's table of `model`, its number of parameters and its receptive field.
 
     `input_size` is (channels, height, width). The model and the random state stay as they are:
-    all is computed on a copy on the CPU, whatever the `device`, which older notebooks pass.
+    all is computed on a copy on the CPU, whatever the `device` that older notebooks pass.
     """
     rows = receptive_field(model, input_size)
     table = io.StringIO()
@@ -1775,8 +1766,10 @@ def model_summary(
         print("torchsummary has no table for this model")
     total = sum(parameter.numel() for parameter in model.parameters())
     print(f"Parameters: {total:,}, of them trainable: {count_parameters(model):,}")
-    for row in [dict(zip(rows[0], rows[0], strict=True)), *rows] if rows else []:
-        print("  ".join(f"{cell!s:>{max(11, len(name))}}" for name, cell in row.items()))
+    for row in rows:
+        if row is rows[0]:
+            print(*(f"{name:>15}" for name in row))
+        print(*(f"{cell!s:>15}" for cell in row.values()))
     print(f"Receptive field: {rows[-1]['receptive_field'] if rows else 1}")
 
 
@@ -1812,8 +1805,20 @@ def show_images(
     `images` are uint8 N×H×W×3 or N×H×W, or float N×3×H×W or N×1×H×W normalised with `mean` and
     `std`; `labels` are indices of `classes`.
     """
-    titles = [classes[int(label)] for label in labels]
-    return _image_grid(images, titles, columns, mean, std)
+    images = torch.stack([torch.as_tensor(image).detach().cpu() for image in images])
+    if images.is_floating_point():
+        if not len(mean) == len(std) == images.shape[1]:
+            raise ValueError(f"{images.shape[1]} channels: mean and std need as many numbers")
+        images = images.movedim(1, -1) * torch.tensor(std) + torch.tensor(mean)
+        images = images.clamp(0, 1)
+    rows = math.ceil(len(images) / columns)
+    figure = _new_figure(1.3 * columns, 1.6 * rows, rows, columns)
+    for axis in figure.axes:
+        axis.axis("off")
+    for axis, image, label in zip(figure.axes, images.numpy(), labels, strict=False):
+        axis.imshow(image, cmap="gray")  # the map is for one channel only
+        axis.set_title(classes[int(label)], fontsize=8)
+    return figure
 
 
 def show_misclassified(
@@ -1823,19 +1828,17 @@ def show_misclassified(
     classes: Sequence[str],
     *,
     count: int = 16,
-    columns: int = 8,
-    mean: Sequence[float] = CIFAR10_MEAN,
-    std: Sequence[float] = CIFAR10_STD,
+    **options: int | Sequence[float],
 ) -> Figure:
     """Return a figure of the `count` images that the model is most surely wrong about.
 
-    `images` and `labels` as for `show_images`; `logits` N×classes as from `predict`.
+    `images`, `labels` and `options` as for `show_images`; `logits` N×classes as from `predict`.
     """
-    labels = torch.as_tensor(labels).cpu()
-    confidences, predictions = logits.cpu().softmax(1).max(1)
     if not len(images) == len(labels) == len(logits):
         counts = f"{len(images)} images, {len(labels)} labels, {len(logits)} logits"
         raise ValueError(f"{counts}: as many of each are needed")
+    labels = torch.as_tensor(labels).cpu()
+    confidences, predictions = logits.cpu().softmax(1).max(1)
     wrong = (predictions != labels).nonzero()[:, 0]
     if len(wrong) == 0:
         return _text_figure(f"of {len(images):,} images none is misclassified")
@@ -1844,34 +1847,21 @@ def show_misclassified(
         f"{classes[labels[i]]}, taken for\n{classes[predictions[i]]} ({confidences[i]:.0%})"
         for i in surest
     ]
-    return _image_grid([images[i] for i in surest], titles, columns, mean, std)
+    images = [images[i] for i in surest]
+    return show_images(images, range(count), titles, **options)
 
 
-def _image_grid(images, titles, columns, mean, std):
-    """Return a figure of images in rows of `columns`, each under its title."""
-    images = torch.stack([torch.as_tensor(image).detach().cpu() for image in images])
-    if images.is_floating_point():
-        if not len(mean) == len(std) == images.shape[1]:
-            raise ValueError(f"{images.shape[1]} channels: mean and std need as many numbers")
-        images = images.movedim(1, -1) * torch.tensor(std) + torch.tensor(mean)
-        images = images.clamp(0, 1)
-    rows = math.ceil(len(images) / columns)
-    size = (1.3 * columns, 1.6 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, title in zip(axes.flat, images.numpy(), titles, strict=False):
-        axis.imshow(image, cmap="gray")  # the map is for one channel only
-        axis.set_title(title, fontsize=8)
+def _new_figure(width, height, rows=1, columns=1):
+    """Return an empty figure of pyplot's: Jupyter shows it, and since it is closed, once only."""
+    figure, _ = plt.subplots(rows, columns, figsize=(width, height), layout="constrained")
     plt.close(figure)
     return figure
 
 
 def _text_figure(text):
-    figure, axis = plt.subplots(figsize=(5, 1), layout="constrained")
-    axis.axis("off")
-    axis.text(0.5, 0.5, text, ha="center", va="center")
-    plt.close(figure)
+    figure = _new_figure(5, 1)
+    figure.axes[0].axis("off")
+    figure.axes[0].text(0.5, 0.5, text, ha="center", va="center")
     return figure
 
 
@@ -1883,21 +1873,19 @@ def plot_history(history: History | dict[str, History]) -> Figure:
     histories = history if isinstance(history, dict) else {"": history}
     if not any(one.test for one in histories.values()):
         return _text_figure("no epoch has been completed yet")
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, quantity, unit in zip(
-        axes, ("accuracy", "loss"), ("%", "cross entropy"), strict=True
-    ):
+    figure = _new_figure(10, 4, columns=2)
+    units = {"accuracy": "%", "loss": "cross entropy"}
+    for axis, (quantity, unit) in zip(figure.axes, units.items(), strict=True):
         for index, (name, one) in enumerate(histories.items()):
             for phase, line in (("test", "o-"), ("train", "o:")):
                 values = [getattr(result, quantity) for result in getattr(one, phase)]
                 label = f"{name} {phase}".strip()
                 axis.plot(range(1, len(values) + 1), values, line, color=f"C{index}", label=label)
         axis.set(xlabel="epoch", ylabel=f"{quantity} ({unit})")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.locator_params("x", integer=True, min_n_ticks=1)
         axis.grid(alpha=0.3)
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=len(histories))
-    plt.close(figure)  # or Jupyter would draw it a second time
+    lines = figure.axes[0].lines
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(histories))
     return figure
 
 
@@ -1910,20 +1898,20 @@ def plot_confusion_matrix(
     numbers, and with some of the names only.
     """
     counts = _confusion(labels, predictions, classes).numpy()
-    figure, axis = plt.subplots(figsize=(7, 6.5), layout="constrained")
+    figure = _new_figure(7, 6.5)
+    axis = figure.axes[0]
     axis.grid(False)  # some styles have one
     axis.imshow(np.sqrt(counts), cmap="Blues")  # the root, or only the diagonal would be seen
     size = 8 if len(classes) <= 12 else 5
     if len(classes) <= 30:
         for (row, column), count in np.ndenumerate(counts):
             colour = "white" if count > counts.max() / 4 else "black"
-            axis.text(column, row, count, ha="center", va="center", fontsize=size, color=colour)
-    shown = range(0, len(classes), math.ceil(len(classes) / 30))
-    names = [classes[index] for index in shown]
-    axis.set_xticks(shown, names, rotation=60, ha="right")
-    axis.set_yticks(shown, names)
-    axis.set(title="Images by class", xlabel="predicted class", ylabel="true class")
-    plt.close(figure)
+            axis.text(column, row, count, ha="center", va="center", size=size, color=colour)
+    step = math.ceil(len(classes) / 30)
+    shown = range(len(classes))[::step]
+    axis.set_xticks(shown, classes[::step], rotation=60, ha="right")
+    axis.set_yticks(shown, classes[::step])
+    axis.set(xlabel="predicted class", ylabel="true class")
     return figure
 
 
@@ -1941,9 +1929,11 @@ def per_class_accuracy(
 
 def _confusion(labels, predictions, classes):
     """Return how many images of class i were taken for class j, int64 classes×classes."""
-    pair = [torch.as_tensor(indices).cpu().long() for indices in (labels, predictions)]
-    of_labels, of_predictions = (F.one_hot(indices, len(classes)) for indices in pair)
-    return of_labels.T @ of_predictions
+    true, predicted = (
+        F.one_hot(torch.as_tensor(indices).cpu().long(), len(classes))
+        for indices in (labels, predictions)
+    )
+    return true.T @ predicted
 
 
 # --- Command line ---
@@ -1954,43 +1944,39 @@ def _parse(arguments):
     parser = argparse.ArgumentParser(
         "velasoka",
         description="Train small networks on CIFAR-10; by default the smallest, one epoch, to 80%.",
-        epilog="Exit status: 0 trained as announced; 1 target missed, or the loss diverged; "
-        "2 wrong option, or no data; 130 interrupted.",
+        epilog="Exit status: 0 as announced, 1 missed or diverged, 2 wrong option or no data, "
+        "130 interrupted.",
     )
     parser.error = lambda message: parser.exit(2, f"velasoka: {message} (see --help)\n")
     add = parser.add_argument
     add("--model", choices=[*MODELS, "all"], help="default: dilated-depthwise")
+    add("--epochs", type=int, help="default: 1")
+    add("--target", type=float, help="percent to stop at (default: 80, none with --epochs)")
+    add("--data", type=Path, help="folder of CIFAR-10 (default: ./data, downloaded)")
+    add("--download", action="store_true", help="download CIFAR-10 into --data if need be")
+    add("--synthetic", action="store_true", help="train on drawn pictures instead")
+    add("--batch-size", type=int, default=_BATCH_SIZE, help=f"default: {_BATCH_SIZE}")
+    add("--lr", type=float, help="default: what suits the batch size")
     precisions = ["float32", "bfloat16", "float16"]
-    add("--precision", choices=precisions, help="default: the fastest that the device has")
-    add("--predict", nargs="+", metavar="FILE", help="with --load: name the classes of pictures")
+    add("--precision", choices=precisions, help="default: the fastest on the device")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: the fastest)")
+    add("--seed", type=int, default=SEED, help=f"default: {SEED}")
+    add("--checkpoint", type=Path, help="file for all that the run needs, after every epoch")
+    add("--resume", action="store_true", help="continue from --checkpoint, if it exists")
+    add("--save", type=Path, help="file for the trained weights")
+    add("--figures", type=Path, help="folder for curves, confusion matrix, surest mistakes")
+    add("--load", type=Path, help="weights, or a checkpoint, to predict with")
+    add("--predict", nargs="+", help="pictures to name the classes of")
     add("--version", action="version", version=__version__)
-    for name, text in {
-        "--synthetic": "train on drawn pictures, which need no download",
-        "--download": "download CIFAR-10 into --data DIR if it is not there",
-        "--resume": "continue from --checkpoint, if that file exists",
-    }.items():
-        add(name, action="store_true", help=text)
-    for name, (kind, value, text) in {
-        "--epochs": (int, "N", "how many to train for (default: 1)"),
-        "--target": (float, "PERCENT", "accuracy to stop at (default: 80, none with --epochs)"),
-        "--data": (Path, "DIR", "where CIFAR-10 is (default: ./data, downloaded)"),
-        "--batch-size": (int, "N", f"default: {_BATCH_SIZE}"),
-        "--lr": (float, "RATE", "default: what suits the batch size"),
-        "--device": (str, "NAME", "cpu, cuda, cuda:1, mps (default: the fastest)"),
-        "--seed": (int, "N", f"default: {SEED}"),
-        "--checkpoint": (Path, "FILE", "after every epoch, write all that the run needs"),
-        "--save": (Path, "FILE", "write the trained weights"),
-        "--figures": (Path, "DIR", "write curves, confusion matrix and surest mistakes as PNG"),
-        "--load": (Path, "FILE", "weights, or a checkpoint, to predict with"),
-    }.items():
-        add(name, type=kind, metavar=value, help=text)
-    parser.set_defaults(batch_size=_BATCH_SIZE, seed=SEED)
     options = parser.parse_args(arguments)
-
-    for name, lowest, highest in (
-        *(("epochs", 1, 1e9), ("batch_size", 1, 1e9), ("seed", 0, 2**32 - 1)),
-        *(("target", 1, 100), ("lr", 1e-12, 1e3)),
-    ):
+    limits = {
+        "epochs": (1, 1e9),
+        "target": (1, 100),
+        "batch_size": (1, 1e9),
+        "lr": (1e-12, 1e3),
+        "seed": (0, 2**32 - 1),
+    }
+    for name, (lowest, highest) in limits.items():
         value = getattr(options, name)
         if value is not None and not lowest <= value <= highest:
             option = name.replace("_", "-")
@@ -1998,11 +1984,9 @@ def _parse(arguments):
     if options.synthetic and (options.data or options.download):
         parser.error("--synthetic reads no --data and downloads nothing")
     if options.resume and not options.checkpoint:
-        parser.error("--resume needs --checkpoint FILE to continue from")
+        parser.error("--resume needs --checkpoint")
     if bool(options.predict) != bool(options.load):
-        parser.error("--predict FILE... and --load FILE need each other")
-    if options.data and not options.data.is_dir() and not options.download:
-        parser.error(f"--data {options.data}: no such folder")
+        parser.error("--predict and --load need each other")
     curves = options.figures and options.figures / "curves.png"
     for path in filter(None, (options.checkpoint, options.save, curves)):
         parent = next(parent for parent in path.absolute().parents if parent.exists())
@@ -2014,6 +1998,8 @@ def _parse(arguments):
         reason = str(error).partition("\n")[0]
         parser.error(f"--device {options.device}: cannot be used ({reason})")
     options.precision = options.precision and getattr(torch, options.precision)
+    options.model = options.model or ("all" if options.predict else "dilated-depthwise")
+    options.models = list(MODELS) if options.model == "all" else [options.model]
     if options.epochs is None:
         options.epochs = 1
         options.target = options.target or 80.0
@@ -2044,8 +2030,9 @@ def _main(arguments=None):
 def _predict_files(options):
     """Print the likeliest classes of each picture; return the exit status."""
     model = _load_fitting_model(options)
-    classes = list(_SHAPES) if options.synthetic else CIFAR10_CLASSES
-    settings = {"classes": classes, "precision": options.precision}
+    settings = {"precision": options.precision}
+    if options.synthetic:
+        settings["classes"] = list(_SHAPES)
     status = 0
     for pattern in options.predict:
         for path in sorted(glob.glob(pattern)) or [pattern]:  # Windows leaves patterns to us
@@ -2060,73 +2047,71 @@ def _predict_files(options):
 
 
 def _load_fitting_model(options):
-    """Return the model that the weights of `--load` fit; only `--model` is tried, if given."""
-    names = list(MODELS) if options.model in (None, "all") else [options.model]
-    for name in names:
+    """Return the model, `--model` if given, that the weights of `--load` fit."""
+    for name in options.models:
         try:
             return load_model(MODELS[name](), options.load)
         except ValueError as error:
             reason = error
-    raise ValueError(f"{reason}; tried: {', '.join(names)}")
+    raise ValueError(f"{reason}; tried: {', '.join(options.models)}")
 
 
 def _train_models(options):
     """Train what the options name; return the exit status."""
-    dataset, is_fallback = _find_data(options)
+    dataset = _find_data(options)
     note = dataset[0].note
-    end = "-synthetic" if is_fallback else ""  # files of drawn pictures have names of their own
+    is_fallback = bool(note) and not options.synthetic
+    end = ""
     if is_fallback:
+        end = "-synthetic"  # files of drawn pictures have names of their own
         options.target = None  # it is one for CIFAR-10
-    names = list(MODELS) if options.model == "all" else [options.model or "dilated-depthwise"]
     histories = {}
     table = [f"\n{'model':<18}{'params':>8}{'field':>6}{'accuracy':>9}{'time':>8}"]
-    for name in names:
-        suffix = f"-{name}{end}" if len(names) > 1 else end
-        history, line = _train(name, dataset, options, suffix)
-        histories[name + note] = history
+    for name in options.models:
+        suffix = f"-{name}{end}" if options.model == "all" else end
+        histories[name], line = _train(name, dataset, options, suffix)
         table.append(line + note)
-        if history.status == "interrupted":
+        if histories[name].status == "interrupted":
             return 130
-    if len(names) > 1:
+    if options.model == "all":
         print("\n".join(table))
     if options.figures:
-        _write_figure(plot_history(histories), options.figures / f"curves{end}.png")
+        _write_figure(plot_history(histories), options.figures / f"curves{end}.png", note)
     if is_fallback:
-        way_out = "see the reasons above, or name a folder that has it with --data DIR"
-        _say(f"CIFAR-10 was unavailable: these were drawn pictures{note}. To get it, {way_out}.")
+        _say(f"CIFAR-10 was unavailable (see above): these were drawn pictures{note}.")
     expected = "completed" if options.target is None else "target reached"
     return 0 if all(history.status == expected for history in histories.values()) else 1
 
 
 def _find_data(options):
-    """Return the data sets, and whether they are drawn since CIFAR-10 is unavailable."""
-    if options.synthetic:
-        return get_synthetic_dataset(), False
-    may_download = options.download or options.data is None
-    try:
-        return get_cifar10_dataset(root=options.data or "./data", download=may_download), False
-    except ConnectionError as error:
-        if options.data or options.download:
-            raise
-        print(f"{error}\nContinuing with drawn pictures: what follows is not CIFAR-10.", flush=True)
-        return get_synthetic_dataset(), True
+    """Return CIFAR-10, or if it is unavailable and was not asked for, drawn pictures."""
+    if not options.synthetic:
+        may_download = options.download or not options.data
+        try:
+            return get_cifar10_dataset(root=options.data or "./data", download=may_download)
+        except ConnectionError as error:
+            if options.data or options.download:
+                raise
+            print(f"{error}\nContinuing with drawn pictures: what follows is not CIFAR-10.")
+    return get_synthetic_dataset()
 
 
 def _train(name, dataset, options, suffix):
     """Train a model as the options say, write its files; return its history and a line of it."""
     seed_everything(options.seed)
     model = MODELS[name]()
+    device = options.device
     note = dataset[0].note
     count = count_parameters(model)
     field = receptive_field(model)[-1]["receptive_field"]
-    _say(f"{name}{note}: {count:,} parameters, receptive field {field}, on {options.device}")
-    settings = {"device": options.device, "seed": options.seed}
-    loaders = get_cifar10_data_loader(dataset, options.batch_size, **settings)
-    optimizer = get_muon_optimizer(model, options.lr, batch_size=options.batch_size)
+    _say(f"{name}{note}: {count:,} parameters, receptive field {field}, on {device}")
+    batch_size = options.batch_size
+    loaders = get_cifar10_data_loader(dataset, batch_size, device=device, seed=options.seed)
+    optimizer = get_muon_optimizer(model, options.lr, batch_size=batch_size)
     files = options.checkpoint, options.save
     checkpoint, save = (path and path.with_stem(path.stem + suffix) for path in files)
     history = start_cnn(
-        *(model, optimizer, get_ce_loss(), loaders, options.device, options.epochs),
+        *(model, optimizer, get_ce_loss(), loaders, device, options.epochs),
         target_accuracy=options.target,
         checkpoint_path=checkpoint,
         resume=options.resume,
@@ -2137,7 +2122,7 @@ def _train(name, dataset, options, suffix):
     ended = f"{name}{note}: {history.status}, {len(history.test)} of {options.epochs} epochs in "
     ended += f"{seconds:.0f} s, test accuracy {accuracy:.2f}%, best {history.best_accuracy:.2f}%"
     if history.status == "interrupted":
-        ended += "; --checkpoint FILE --resume continues" if checkpoint else ""
+        ended += "; --resume continues" if checkpoint else ""
     elif options.target:
         verdict = "reached" if history.status == "target reached" else "missed"
         ended += f": the target of {options.target:g}% is {verdict}"
@@ -2146,7 +2131,7 @@ def _train(name, dataset, options, suffix):
         save_model(model, save)
     if options.figures and history.status != "interrupted":
         test = dataset[1]
-        logits, labels = predict(model, loaders[1], options.device, precision=options.precision)
+        logits, labels = predict(model, loaders[1], device, precision=options.precision)
         matrix = plot_confusion_matrix(labels, logits.argmax(1), test.classes)
         mistakes = show_misclassified(test.data, labels, logits, test.classes)
         _write_figure(matrix, options.figures / f"confusion-matrix{suffix}.png", note)
@@ -2154,11 +2139,11 @@ def _train(name, dataset, options, suffix):
     return history, f"{name:<18}{count:>8,}{field:>6}{accuracy:>8.2f}%{seconds:>6.0f} s"
 
 
-def _write_figure(figure, path, note=""):
+def _write_figure(figure, path, note):
     """Write `figure` as PNG, with the note above it."""
     buffer = io.BytesIO()
     figure.suptitle(note.strip())
-    figure.savefig(buffer, format="png", dpi=120)
+    figure.savefig(buffer, dpi=120)
     _write_file(path, buffer.getbuffer())
 
 
