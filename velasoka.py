@@ -1,6 +1,6 @@
 """Train small convolutional networks on CIFAR-10: one file to import, to run, and to read.
 
-One epoch takes the smallest model, 348,106 parameters, to 82% test accuracy
+One epoch takes the smallest model, 348,106 parameters, to 82.01 ± 0.18% test accuracy
 (CIFAR-10 as JPEG, five seeds). The shortest useful program::
 
     import velasoka
