@@ -43,7 +43,6 @@ from dataclasses import asdict, dataclass, field
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
-from urllib.error import URLError
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -1408,7 +1407,7 @@ def get_cifar10_dataset(
             raise FileNotFoundError(f"{root}: no CIFAR-10 here; {_EXPECTED}")
         folder = download_cifar10(root).parent
         published = [datasets.CIFAR10(folder, is_train) for is_train in (True, False)]
-        parts = [(part.data, part.targets) for part in published]
+        parts = [(np.ascontiguousarray(part.data), part.targets) for part in published]
     return tuple(_ArrayDataset(*part, CIFAR10_CLASSES, mean, std) for part in parts)
 
 
@@ -1441,7 +1440,7 @@ def _read_image_folders(folder):
 
 
 def _image_files(folder, pattern):
-    paths = sorted(folder.glob(pattern))
+    paths = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
     return [path for path in paths if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
 
 
@@ -1583,8 +1582,9 @@ def _fetch_from_any(mirrors, root):
                 queue.append((url, 0))  # what stalls or crawls is better than nothing
     lines = ["CIFAR-10 could not be downloaded:"]
     lines += [f"  {url}: {reason}" for url, reason in reasons.items()]
-    if all(type(reason) is URLError for reason in reasons.values()):
-        lines = ["CIFAR-10 could not be downloaded (no network?):", *reasons]
+    common = set(map(str, reasons.values()))
+    if len(common) == 1 and len(reasons) > 1:
+        lines = [f"CIFAR-10 could not be downloaded: no network? {common.pop()}", *reasons]
     lines.append(f"Way out: put {_ARCHIVE}, fetched by hand, into {root.resolve()}")
     raise ConnectionError("\n".join(lines))
 
@@ -1987,6 +1987,8 @@ def _parse(arguments):
         parser.error("--resume needs --checkpoint")
     if bool(options.predict) != bool(options.load):
         parser.error("--predict and --load need each other")
+    if options.predict and (options.checkpoint or options.save or options.figures):
+        parser.error("--predict writes no files")
     curves = options.figures and options.figures / "curves.png"
     for path in filter(None, (options.checkpoint, options.save, curves)):
         parent = next(parent for parent in path.absolute().parents if parent.exists())
