@@ -22,6 +22,7 @@ import http.server
 import shutil
 import tarfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,14 +156,6 @@ def test_if_all_fail_each_is_named_with_its_reason_and_the_way_out(mirror, impat
     assert names_in(tmp_path / "new") == []
 
 
-def test_without_a_network_that_is_said_once(tmp_path):
-    urls = ["http://127.0.0.1:1/one", "http://127.0.0.1:1/other"]
-    with pytest.raises(ConnectionError) as error:
-        velasoka.download_cifar10(tmp_path, mirrors=urls)
-    assert str(error.value).count("no network?") == 1
-    assert all(url in str(error.value) for url in urls)
-
-
 @pytest.mark.parametrize(
     ("owner", "name", "error", "asked"),
     [
@@ -229,11 +222,9 @@ def test_an_archive_that_is_there_is_verified_unpacked_and_kept(archive):
 
 
 @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
-@pytest.mark.parametrize("harm", ["damaged", "missing"])
+@pytest.mark.parametrize("harm", [lambda path: path.write_bytes(b"torn"), Path.unlink])
 def test_a_damaged_folder_is_named_and_stays_as_it_is(name, harm, published):
-    (published / name).unlink()
-    if harm == "damaged":
-        (published / name).write_bytes(b"torn")
+    harm(published / name)
     before = names_in(published)
     with pytest.raises(ValueError, match=f"{name}: missing or damaged") as error:
         velasoka.get_cifar10_dataset(root=published.parent)

@@ -80,9 +80,6 @@ def test_plot_history_draws_accuracy_and_loss_of_one_run_or_several():
     )
     labels = {line.get_label() for line in both.axes[0].lines}
     assert labels == {"one test", "one train", "other test", "other train"}
-
-
-def test_plot_history_of_no_epoch_says_so():
     assert texts(velasoka.plot_history(velasoka.History())) == ["no epoch has been completed yet"]
 
 
