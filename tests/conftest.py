@@ -15,6 +15,8 @@ from torch import nn
 import velasoka
 
 QUIET = {"progress": False}
+KEEP = {"checkpoint_path": "run.pt"}
+CE = nn.CrossEntropyLoss()
 torch.set_num_threads(1)  # the tensors are tiny; more threads would wait for each other
 
 
@@ -24,14 +26,9 @@ def device():
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    """Nothing that a test writes lands in the checkout, and no test finds data by chance."""
+def in_an_empty_folder_and_seeded(tmp_path, monkeypatch):
+    """No test finds files by chance or leaves any; each draws the same numbers, alone or not."""
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    """Every test draws the same random numbers, alone or among others."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -79,10 +76,10 @@ def batches_folder(tmp_path):
     """A tiny `cifar-10-batches-py`: five training batches of 4 images and a test batch of 6."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    for index, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
-        images = random_images(6 if name == "test_batch" else 4, seed=index)
-        labels = [(index + number) % 10 for number in range(len(images))]
-        batch = {"data": images.transpose(0, 3, 1, 2).reshape(-1, 3072), "labels": labels}
+    names = {f"data_batch_{index}": 4 for index in range(1, 6)} | {"test_batch": 6}
+    for index, (name, number) in enumerate(names.items()):
+        pixels = random_images(number, seed=index).transpose(0, 3, 1, 2).reshape(-1, 3072)
+        batch = {"data": pixels, "labels": [(index + i) % 10 for i in range(number)]}
         (folder / name).write_bytes(pickle.dumps(batch))
     meta = {"label_names": list(velasoka.CIFAR10_CLASSES)}
     (folder / "batches.meta").write_bytes(pickle.dumps(meta))
@@ -114,29 +111,23 @@ class Breaking:
     def __iter__(self):
         for batch in self.loader:
             if self.count == self.at:
-                if callable(self.error):
-                    self.error()
-                raise self.error
+                raise self.error() if callable(self.error) else self.error
             self.count += 1
             yield batch
 
 
-def overflowing(loss_fn, at):
-    """`loss_fn`, infinite at the calls whose numbers, counted from 0, are in `at`."""
+def overflow(at):
+    """Cross entropy, infinite at the calls whose numbers, counted from 0, are in `at`."""
     calls = itertools.count()
-    return lambda logits, labels: loss_fn(logits, labels) * (math.inf if next(calls) in at else 1)
+    return lambda logits, labels: CE(logits, labels) * (math.inf if next(calls) in at else 1)
 
 
 def random_batches(sizes=(4, 4, 2), seed=0):
     """Batches of `sizes` random images and labels."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        (
-            torch.randn(size, 3, 32, 32, generator=generator),
-            torch.randint(10, (size,), generator=generator),
-        )
-        for size in sizes
-    ]
+    images = torch.randn(sum(sizes), 3, 32, 32, generator=generator)
+    labels = torch.randint(10, (sum(sizes),), generator=generator)
+    return list(zip(images.split(sizes), labels.split(sizes), strict=True))
 
 
 BATCHES = random_batches()  # three
@@ -159,26 +150,21 @@ def weights_of(model):
 
 def train(model, loaders, device, epochs=2, **options):
     """A run with the recipe's optimiser and loss; its history."""
-    optimizer = velasoka.get_muon_optimizer(model)
-    loss_fn = velasoka.get_ce_loss()
-    options = QUIET | options
-    return velasoka.start_cnn(model, optimizer, loss_fn, loaders, device, epochs, **options)
+    parts = model, velasoka.get_muon_optimizer(model), velasoka.get_ce_loss(), loaders, device
+    return velasoka.start_cnn(*parts, epochs, **QUIET | options)
 
 
-def tiny_run(
-    model=None, optimizer=None, loss_fn=None, loaders=(BATCHES, BATCHES), epochs=2, **options
-):
-    """A run of a linear model on the CPU; its history and its model."""
+def tiny_run(model=None, optimizer=None, loss_fn=CE, loaders=(BATCHES, BATCHES), **options):
+    """A run of a linear model on the CPU, of two epochs; its history and its model."""
     model = model or linear_model()
     optimizer = optimizer or sgd(model)
-    loss_fn = loss_fn or nn.CrossEntropyLoss()
-    options = QUIET | options
-    return velasoka.start_cnn(model, optimizer, loss_fn, loaders, "cpu", epochs, **options), model
+    options = QUIET | {"epochs": 2} | options
+    return velasoka.start_cnn(model, optimizer, loss_fn, loaders, "cpu", **options), model
 
 
-def interrupted_at(batch):
-    """The three batches, with an interrupt before `batch`, counted from 0 over all epochs."""
-    return Breaking(BATCHES, KeyboardInterrupt(), batch)
+def interrupted_at(batch, loader=BATCHES, test_loader=BATCHES):
+    """A pair of loaders, the first with an interrupt before `batch`, counted over all epochs."""
+    return Breaking(loader, KeyboardInterrupt(), batch), test_loader
 
 
 @pytest.fixture

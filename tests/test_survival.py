@@ -18,47 +18,27 @@ The last checkpoint is kept in every row. The rows on overflows and memory are t
 test_training.py, those from the seventh on in test_checkpoints.py and test_keeping.py.
 """
 
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
-import traceback
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import (
-    BATCHES,
-    QUIET,
-    Breaking,
-    interrupted_at,
-    linear_model,
-    overflowing,
-    random_batches,
-    tiny_run,
-    train,
-    weights_of,
-)
+from conftest import BATCHES, KEEP, Breaking, linear_model, overflow, tiny_run, train, weights_of
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 
 import velasoka
 
-KEEP = {"checkpoint_path": "run.pt"}
-RESUME = {"checkpoint_path": "run.pt", "resume": True}
-CE = nn.CrossEntropyLoss()
 EXITED = "DataLoader worker (pid(s) 7) exited unexpectedly"
 KILLED = "DataLoader worker (pid 7) is killed by signal: "
 
 
 def loss_of(model):
     """The loss of `model` on the test batches."""
-    return velasoka.test_cnn(model, BATCHES, "cpu", **QUIET).loss
-
-
-# --- Interrupts ---
+    return velasoka.test_cnn(model, BATCHES, "cpu").loss
 
 
 def stop_a_worker():
@@ -71,15 +51,15 @@ def stop_a_worker():
 INTERRUPTS = [KeyboardInterrupt(), RuntimeError(KILLED + "Interrupt: 2. "), stop_a_worker]
 
 
-def run_with(error, place, **options):
+def run_with(error, place="train", at=4, **options):
     """A run with an `error` in its second epoch, in what `place` names; history and model."""
     loaders = {"train": BATCHES, "test": BATCHES}
     loss_fn = nn.CrossEntropyLoss()
     if place == "loss":
-        calls = iter(Breaking([None] * 6, error, at=4))
+        calls = iter(Breaking([None] * 6, error, at))
         loss_fn.register_forward_pre_hook(lambda *_: next(calls))
     else:
-        loaders[place] = Breaking(BATCHES, error, at=4)
+        loaders[place] = Breaking(BATCHES, error, at)
     return tiny_run(loss_fn=loss_fn, loaders=tuple(loaders.values()), **options)
 
 
@@ -91,28 +71,24 @@ def test_an_interrupt_returns_the_history_and_the_best_weights(error, place):
     assert loss_of(model) == pytest.approx(history.test[0].loss, rel=1e-5)
 
 
-def test_an_interrupt_in_the_first_epoch_keeps_what_has_been_learnt():
-    history, model = tiny_run(loaders=(interrupted_at(2), BATCHES))
+def test_an_interrupt_says_in_one_line_what_the_model_holds_and_what_is_kept(capsys):
+    held = "Interrupted in epoch 2 of 2: the model has the weights of epoch 1, the best"
+    learnt = "Interrupted in epoch 1 of 2: the model has what it has learnt so far"
+    for batch, options, expected in (
+        (4, {}, held),
+        (4, KEEP, f"{held}; resume=True continues from run.pt"),
+        (2, {}, learnt),
+        (2, {"checkpoint_path": "new.pt"}, learnt),
+    ):
+        history, model = run_with(KeyboardInterrupt(), at=batch, progress=True, **options)
+        assert capsys.readouterr().out.splitlines()[-1] == expected
     assert (history.status, history.test, history.best_epoch) == ("interrupted", [], 0)
     assert not torch.equal(weights_of(model), weights_of(linear_model()))
 
 
-def test_an_interrupt_says_in_one_line_what_the_model_holds_and_what_is_kept(capsys):
-    def last_line(batch, **options):
-        tiny_run(loaders=(interrupted_at(batch), BATCHES), progress=True, **options)
-        return capsys.readouterr().out.splitlines()[-1]
-
-    held = "Interrupted in epoch 2 of 2: the model has the weights of epoch 1, the best"
-    assert last_line(4) == held
-    assert last_line(4, **KEEP) == f"{held}; resume=True continues from run.pt"
-    learnt = "Interrupted in epoch 1 of 2: the model has what it has learnt so far"
-    assert last_line(1) == last_line(1, checkpoint_path="new.pt") == learnt
-
-
 def test_a_message_that_the_stream_cannot_carry_ends_no_run(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", open(os.devnull, "w", encoding="ascii"))  # noqa: PTH123, SIM115
-    options = {"checkpoint_path": "läuft.pt", "progress": True}
-    history, _ = tiny_run(loaders=(interrupted_at(4), BATCHES), **options)
+    history, _ = run_with(KeyboardInterrupt(), checkpoint_path="läuft.pt", progress=True)
     assert history.status == "interrupted"
 
 
@@ -146,7 +122,7 @@ def small_run(**options):
     pair = velasoka.get_synthetic_dataset(40, 20)
     loaders = velasoka.get_cifar10_data_loader(pair, 20, device="cpu")
     model = velasoka.SimpleModel(fm_size=2)
-    return train(model, loaders, "cpu", 3, **options), model, loaders[1]
+    return train(model, loaders, "cpu", **options), model, loaders[1]
 
 
 def test_interrupted_at_any_moment_nothing_is_lost_and_resume_ends_the_same(monkeypatch):
@@ -164,7 +140,7 @@ def test_interrupted_at_any_moment_nothing_is_lost_and_resume_ends_the_same(monk
         if history.test:
             best = history.test[history.best_epoch - 1]
             assert history.best_accuracy == best.accuracy
-            found = velasoka.test_cnn(model, test_loader, "cpu", **QUIET)
+            found = velasoka.test_cnn(model, test_loader, "cpu")
             assert found.loss == pytest.approx(best.loss, rel=1e-5), moment
         if moment in anywhere:
             resumed, model, _ = small_run(resume=Path("run.pt").exists(), **KEEP)
@@ -172,84 +148,55 @@ def test_interrupted_at_any_moment_nothing_is_lost_and_resume_ends_the_same(monk
             assert torch.equal(weights_of(whole), weights_of(model)), moment
 
 
-# --- Kills ---
+def run_until_killed():
+    """A `small_run` that is killed while it writes its second checkpoint."""
+    fsync = os.fsync
+    calls = []
 
-PROGRAM = """
-import itertools, os, signal, sys
-sys.path[:0] = {folders!r}
-import test_survival
+    def fail(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2:
+            os.truncate(descriptor, 1000)  # so much of it is on the disk
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(descriptor)
 
-fsync, calls = os.fsync, itertools.count()
-
-
-def fail(descriptor):
-    if next(calls) == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    fsync(descriptor)
-
-
-os.fsync = fail
-test_survival.small_run(checkpoint_path="run.pt")
-"""
+    os.fsync = fail
+    small_run(**KEEP)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_killed_while_it_writes_a_checkpoint_resume_ends_as_if_nothing_had_happened():
-    folders = [str(Path(file).parent) for file in (__file__, velasoka.__file__)]
-    command = [sys.executable, "-c", PROGRAM.format(folders=folders)]
-    ended = subprocess.run(command, capture_output=True, check=False)  # noqa: S603
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
-    resumed, model, _ = small_run(**RESUME)
-    assert (resumed.status, len(resumed.test)) == ("completed", 3)
+    process = multiprocessing.get_context("spawn").Process(target=run_until_killed)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    resumed, model, _ = small_run(**KEEP, resume=True)
+    assert (resumed.status, len(resumed.test)) == ("completed", 2)
     assert torch.equal(weights_of(model), weights_of(small_run()[1]))
 
 
-# --- A loss that is not finite ---
-
-
-@pytest.mark.parametrize("progress", [True, False])
-def test_a_loss_that_is_not_finite_ends_training_and_is_named(progress):
+def test_a_loss_that_is_not_finite_ends_training_and_is_named():
     with pytest.warns(UserWarning, match=r"epoch 2 of 2.* since batch 2, lr=0\.\d+.*lower") as said:
-        history, model = tiny_run(loss_fn=overflowing(CE, at=[4]), progress=progress, **KEEP)
+        history, model = tiny_run(loss_fn=overflow(at=[4]), **KEEP)
     assert len(said) == 1
     assert (history.status, len(history.test)) == ("diverged", 1)
     assert loss_of(model) == pytest.approx(history.test[0].loss, rel=1e-5)
-
-
-def test_a_loss_that_is_never_finite_leaves_the_weights_it_began_with():
     with pytest.warns(UserWarning, match=r"epoch 1 of 2.*first weights.*since batch 1"):
-        _, model = tiny_run(loss_fn=overflowing(CE, at=range(10)))
+        _, model = tiny_run(loss_fn=overflow(at=range(10)))
     assert torch.equal(weights_of(model), weights_of(linear_model()))
 
 
-def test_divergence_is_noticed_within_half_a_second(monkeypatch):
-    seconds = iter(range(1000))
-    monkeypatch.setattr(velasoka.time, "perf_counter", lambda: next(seconds))  # each look takes one
-    calls = []
-
-    def loss_fn(logits, labels):
-        calls.append(logits)
-        return logits.sum() * (torch.nan if len(calls) == 3 else 1)
-
-    with pytest.warns(UserWarning, match="since batch 3"):
-        tiny_run(loss_fn=loss_fn, loaders=(random_batches((2,) * 9), BATCHES))
-    assert len(calls) == 3
-
-
-# --- Errors of the user's own ---
+ERRORS = [
+    KeyError("mine"),
+    FloatingPointError("mine"),  # only a loss that the loops find not finite has diverged
+    RuntimeError(EXITED),
+    RuntimeError(KILLED + "Killed. "),
+    SystemExit(3),
+]
 
 
 @pytest.mark.parametrize("place", ["train", "test", "loss"])
-@pytest.mark.parametrize(
-    "error",
-    [
-        KeyError("mine"),
-        FloatingPointError("mine"),  # only a loss that the loops find not finite has diverged
-        RuntimeError(EXITED),
-        RuntimeError(KILLED + "Killed. "),
-        SystemExit(3),
-    ],
-)
+@pytest.mark.parametrize("error", ERRORS)
 def test_any_other_error_is_raised_as_it_is_with_the_history_and_the_best_weights(error, place):
     model = linear_model()
     with pytest.raises(type(error)) as caught:
@@ -258,22 +205,3 @@ def test_any_other_error_is_raised_as_it_is_with_the_history_and_the_best_weight
     history = error.history
     assert len(history.train) == len(history.test) == history.best_epoch == 1
     assert loss_of(model) == pytest.approx(history.test[0].loss, rel=1e-5)
-
-
-class Faulty(Dataset):
-    """Divides by zero in the third of its four images."""
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        with np.errstate(all="raise"):
-            return torch.ones(3, 32, 32) * float(np.float64(1) / (index - 2)), 0
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot fork")
-def test_a_division_by_zero_in_a_worker_is_no_divergence():
-    loader = DataLoader(Faulty(), 2, num_workers=1, multiprocessing_context="fork")
-    with pytest.raises(FloatingPointError, match="divide by zero") as caught:
-        tiny_run(loaders=(BATCHES, loader))
-    traceback.clear_frames(caught.tb)  # else the worker takes five seconds to end
