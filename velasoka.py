@@ -1397,7 +1397,7 @@ def get_cifar10_dataset(
     if not is_published and ((root / "train").is_dir() or (root / "test").is_dir()):
         parts = [_read_image_folders(root / split) for split in ("train", "test")]
     else:
-        nearby = sorted(root.glob("*"))
+        nearby = [] if is_published else sorted(root.glob("*"))
         if (root / "airplane").is_dir():
             nearby.append(root.parent)
         for folder in nearby:  # a level too high or too deep: no download is wanted
