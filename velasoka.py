@@ -32,14 +32,13 @@ import shutil
 import sys
 import tarfile
 import tempfile
-import textwrap
 import time
 import urllib.request
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
@@ -64,7 +63,6 @@ from torch.utils.data import (
     get_worker_info,
 )
 from torchvision import datasets, transforms
-from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 __version__ = "3.0.0"
@@ -174,12 +172,13 @@ def _autocast(device, precision):
 #
 # The channels of each layer come in mirror pairs: the first filter mirrors the last, the second
 # the last but one, and so on. An image and its mirror image then get the same logits, and each
-# teaches what both would (group equivariance, https://arxiv.org/abs/1602.07576): nearly, since
-# pools round odd sides up at one end only. Images are still flipped at random for that reason.
+# teaches what both would (group equivariance, https://arxiv.org/abs/1602.07576). Only nearly, since
+# pools round odd sides up at one end and batch norms count each channel for itself, so images are
+# still flipped at random.
 
 
 def _with_mirror(parameter: Tensor, dims: list[int]) -> Tensor:
-    """Return the mean of `parameter` and itself flipped along `dims`; so is its gradient."""
+    """Return the mean of `parameter` and its mirror image, flipped along `dims`."""
     return torch.lerp(parameter, parameter.flip(dims), 0.5)
 
 
@@ -338,7 +337,7 @@ def get_cifar10_data_loader(
         while type(source) is Subset:
             indices = np.asarray(source.indices, dtype=int)[indices]
             source = source.dataset
-        if type(source) is _ArrayDataset and source.transform is source.own_transform:
+        if type(source) is _ArrayDataset and repr(source.transform) == source.own_transform:
             part = _DeviceDataset(source, indices, device, augment and is_train, generator)
         collate = functools.partial(_collate, device, batch_transform if is_train else None)
         options = {"collate_fn": collate, "generator": generator}
@@ -438,13 +437,16 @@ def get_muon_optimizer(
     parameters = _trainable(model)
     group_of = {}
     for layer in model.modules():
-        if isinstance(layer, nn.Conv2d):
-            names = dict.fromkeys(layer.parameters(recurse=False), "fast")
-            group_of |= names if layer.groups > 1 else {layer.weight: "filters"}
+        is_convolution = isinstance(layer, nn.Conv2d)
+        if is_convolution and layer.groups == layer.in_channels > 1:  # depthwise
+            group_of |= dict.fromkeys(layer.parameters(), "fast")
+        elif is_convolution:
+            group_of[layer.weight] = "filters"
         elif isinstance(layer, nn.BatchNorm2d):
             group_of[layer.bias] = "fast"
-    for last in [parameter for parameter in parameters if parameter.ndim > 1][-1:]:
-        group_of[last] = "other"  # the layer to the classes; Muon is for those before it
+    weights = [parameter for parameter in parameters if parameter.ndim > 1]
+    if weights:
+        group_of[weights[-1]] = "other"  # the layer to the classes; Muon is for those before it
     groups = {
         "filters": {"params": [], "momentum": _MUON_MOMENTUM, "muon": True},
         "fast": {"params": [], "lr_scale": _FAST_LR_SCALE},
@@ -644,7 +646,7 @@ def train_cnn(
     precision = precision or _fastest_precision(device)
     by_batch = _is_stepped_by_batch(scheduler, scheduler_interval)
     if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
-        raise ValueError("scheduler: ReduceLROnPlateau needs a test; use start_cnn")
+        raise ValueError("scheduler: ReduceLROnPlateau needs the test of start_cnn's epochs")
     _check_optimizer(optimizer, model, scheduler)
     if scaler is None:
         scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
@@ -787,11 +789,11 @@ class _Meter:
     labels: Tensor | None = None  # of the last batch, as they came
     num_batches: int = 0
     num_read: int = 0
+    num_bad: int = 0  # losses that were not finite, the last ones in a row
     unread: list = field(default_factory=list)  # (loss, correct) on the device, number of images
     loss_sum: float = 0.0
     correct: int = 0
     total: int = 0
-    bad_losses: list = field(default_factory=list)  # the last batches in a row with one
     text: str = ""
 
     def __post_init__(self):
@@ -848,7 +850,7 @@ class _Meter:
         if time.perf_counter() >= self.next_read:
             self.read()
             self.next_read = time.perf_counter() + 0.5
-            if self.optimizer is not None:  # a test counts as a whole: classes may come in turn
+            if self.optimizer is not None:  # a test that is sorted by class misleads halfway
                 self.show()
         self.bar.update()
 
@@ -860,13 +862,11 @@ class _Meter:
             self.num_read += 1
             self.total += size
             self.correct += int(correct)
-            if math.isfinite(loss):
-                self.loss_sum += loss * size
-                self.bad_losses = []
-                continue
-            self.bad_losses.append(self.num_read)
-            if len(self.bad_losses) > self.tolerated:
-                batch = self.bad_losses[0]
+            is_finite = math.isfinite(loss)
+            self.num_bad = 0 if is_finite else self.num_bad + 1
+            self.loss_sum += loss * size if is_finite else 0.0
+            if self.num_bad > self.tolerated:
+                batch = self.num_read - self.tolerated
                 rate = f", lr={self.rates[batch - 1]:.4g}" if self.rates else ""
                 what = f"the {self.phase.lower()} loss is not finite since batch {batch}{rate}"
                 raise _DivergenceError(what)
@@ -879,7 +879,7 @@ class _Meter:
         return EpochResult(self.loss_sum / total, accuracy, self.correct, self.total, seconds)
 
     def show(self):
-        """Draw the bar, and behind it, the most important first, what leaves it ten characters."""
+        """Draw the bar, at least ten columns of it, and behind it as many details as fit."""
         result = self.result()
         start = f"{self.phase} Accuracy={result.accuracy:.2f}%"
         details = [f" loss={result.loss:.3f}", _note_of(self.loader)]
@@ -917,14 +917,10 @@ def _advice(meter, precision):
 
 def _make_bar(iterable=None, progress=True, **options):
     """Return a tqdm bar, shown where a line can be redrawn: in a terminal or a notebook."""
-    can_redraw = _is_terminal() or hasattr(builtins, "__IPYTHON__")
-    options |= {"dynamic_ncols": True} if _is_terminal() else {"ncols": 80}
-    disable = not (progress and can_redraw)
-    return tqdm(iterable, file=sys.stdout, mininterval=0.5, disable=disable, **options)
-
-
-def _is_terminal():
-    return hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
+    is_terminal = hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
+    options["disable"] = not progress or not (is_terminal or hasattr(builtins, "__IPYTHON__"))
+    options["ncols"] = shutil.get_terminal_size().columns
+    return tqdm(iterable, file=sys.stdout, mininterval=0.5, **options)
 
 
 def _length(loader):
@@ -971,9 +967,9 @@ def start_cnn(
     after each epoch, returns True. After each epoch all it needs is written to `checkpoint_path`;
     with `resume` it continues from there, on the CPU bit for bit as if it had not stopped.
 
-    The model ends with the weights of the last epoch; after an interrupt (Ctrl-C, the stop
-    button), an error or a loss that is not finite with those of the best, if there is none with
-    its first ones, after an interrupt with what it has learnt. An error has the `history`.
+    The model ends with the weights of the last epoch. After an interrupt (Ctrl-C, the stop
+    button), an error or a loss that is not finite it has those of the best epoch; in the first
+    epoch its initial ones, or after an interrupt what it has learnt. An error has the `history`.
     """
     if epochs < 1:
         raise ValueError(f"epochs={epochs}: at least 1 is needed")
@@ -990,9 +986,13 @@ def start_cnn(
     predict(model, first_batch, device, precision=precision)
     num_batches = _length(train_loader)
     if num_batches is None:
-        bar = _make_bar(train_loader, progress, desc="Counting batches", leave=False)
-        num_batches = sum(1 for _ in bar)
+        num_batches = sum(1 for _ in train_loader)
 
+    scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
+    note = _note_of(train_loader)
+    history = History()
+    best = copy.deepcopy(model.state_dict())
+    checkpoint = None
     first_rate = "lr" if scheduler is None else "initial_lr"  # where a scheduler keeps it
     rates = [float(group.get(first_rate, group["lr"])) for group in optimizer.param_groups]
     has_own_schedule = scheduler is None
@@ -1001,11 +1001,6 @@ def start_cnn(
             group.pop("initial_lr", None)  # of an earlier scheduler
         scheduler = _triangular_schedule(optimizer, epochs * num_batches)
         by_batch = True
-    scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
-    note = _note_of(train_loader)
-    history = History()
-    best = copy.deepcopy(model.state_dict())
-    checkpoint = None
     try:
         if checkpoint_path is not None:
             parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
@@ -1024,7 +1019,11 @@ def start_cnn(
                 print(f"\nEPOCH: {epoch + 1}{note}", flush=True)
             options = {"precision": precision, "progress": progress}
             train = train_cnn(
-                *(model, train_loader, loss_fn, optimizer, device),
+                model,
+                train_loader,
+                loss_fn,
+                optimizer,
+                device,
                 scheduler=scheduler if by_batch else None,
                 scheduler_interval="batch",
                 scaler=scaler,
@@ -1040,7 +1039,8 @@ def start_cnn(
             history, best = _with_epoch(history, best, train, test, model)
             if checkpoint is not None:
                 checkpoint.save(history, best)
-            is_stopped = callback is not None and callback(history) is True
+            answer = None if callback is None else callback(history)
+            is_stopped = isinstance(answer, (bool, np.bool_)) and bool(answer)  # no other value
             history.status = _status(history, epochs, target_accuracy, is_stopped)
     except BaseException as error:
         history.status = _status_after(error)
@@ -1049,21 +1049,21 @@ def start_cnn(
         if history.status == "failed":
             error.history = history
             raise
-        has = "what it has learnt so far"
+        weights = "what it has learnt so far"
         if history.test:
-            has = f"the weights of epoch {history.best_epoch}, the best"
+            weights = f"the weights of epoch {history.best_epoch}, the best"
         elif history.status == "diverged":
-            has = "its first weights"
+            weights = "its first weights"
         epoch = f"epoch {min(len(history.test) + 1, epochs)} of {epochs}{note}"
-        line = f"{history.status.capitalize()} in {epoch}: the model has {has}"
+        line = f"{history.status.capitalize()} in {epoch}: the model has {weights}"
         if history.status == "diverged":
             warnings.warn(f"{line}; {error}; try a lower learning rate", stacklevel=2)
         elif progress:
             is_kept = checkpoint is not None and checkpoint.is_written
-            kept = f"; resume=True continues from {checkpoint.path}" if is_kept else ""
+            kept = f"; {checkpoint.path} can be resumed" if is_kept else ""
             _say(line + kept)
     finally:
-        _set_epoch(train_loader, epochs)  # to whoever reads it next, images are not new
+        _set_epoch(train_loader, epochs)  # whoever reads it next gets images augmented in full
         if has_own_schedule:
             for group in optimizer.param_groups:
                 group["lr"] = group.pop("initial_lr")
@@ -1102,12 +1102,13 @@ def _status(history, epochs, target_accuracy, is_stopped=False):
 
 
 def _with_epoch(history, best, train, test, model):
-    accuracy, epoch = history.best_accuracy, history.best_epoch
-    if test.accuracy > accuracy or not history.test:
-        accuracy, epoch = test.accuracy, len(history.test) + 1
+    is_best = not history.test or test.accuracy > history.best_accuracy
+    history = replace(history, train=[*history.train, train], test=[*history.test, test])
+    if is_best:
+        history.best_accuracy = test.accuracy
+        history.best_epoch = len(history.test)
         best = copy.deepcopy(model.state_dict())
-    results = [*history.train, train], [*history.test, test]
-    return History(*results, "running", accuracy, epoch, history.learning_rates), best
+    return history, best
 
 
 def _status_after(error):
@@ -1121,11 +1122,9 @@ def _status_after(error):
 
 
 def _say(text):
-    """Print a line, broken between words in a terminal; what cannot be encoded is escaped."""
+    """Print a line; what the stream cannot encode is escaped."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    text = text.encode(encoding, "backslashreplace").decode(encoding)
-    width = shutil.get_terminal_size().columns if _is_terminal() else len(text) + 1
-    print(textwrap.fill(text, width, break_on_hyphens=False, break_long_words=False), flush=True)
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def seed_everything(seed: int = SEED, deterministic: bool = False) -> None:
@@ -1235,8 +1234,8 @@ def load_model(model: nn.Module, path: _PathLike, device: _Device | None = None)
     leaving the model as it is, ValueError if it holds anything but sound weights of the model.
     """
     weights = _load(path)
-    if "best" in weights:
-        weights = weights["best"] or weights["model"]  # version 2 had no best at first
+    if {"history", "best"} <= weights.keys():  # a checkpoint; version 2 had no best at first
+        weights = weights["best"] or weights["model"]
     own = {_plain_name(name): value for name, value in model.state_dict().items()}
     found = {_plain_name(name): value for name, value in weights.items()}
     if "n_averaged" not in own:
@@ -1254,7 +1253,7 @@ def load_model(model: nn.Module, path: _PathLike, device: _Device | None = None)
 
 def _plain_name(name):
     # without what `torch.compile` and `DataParallel` add
-    return re.sub(r"_orig_mod\.|^module\.", "", str(name))
+    return str(name).replace("_orig_mod.", "").removeprefix("module.")
 
 
 def _shape_of(value):
@@ -1332,6 +1331,10 @@ def get_drive_path(folder: str, filename: str) -> str:
 
 # --- Data sets ---
 
+_ARCHIVE = "cifar-10-python.tar.gz"
+_BATCHES = "cifar-10-batches-py"  # the folder in that archive
+_EXPECTED = f"expected: {_BATCHES}, its archive, or images in train/<class>/ and test/<class>/"
+
 
 class _ArrayDataset(Dataset):
     """Labelled pictures in memory, with the attributes of torchvision's `CIFAR10`."""
@@ -1343,8 +1346,8 @@ class _ArrayDataset(Dataset):
         self.class_to_idx = {name: index for index, name in enumerate(self.classes)}
         self.mean, self.std = mean, std
         self.note = note
-        self.own_transform = compose_transform(to_tensor(), to_normalize(mean, std))
-        self.transform = self.own_transform
+        self.transform = compose_transform(to_tensor(), to_normalize(mean, std))
+        self.own_transform = repr(self.transform)  # tells whether it was changed
 
     def __len__(self):
         return len(self.targets)
@@ -1397,23 +1400,16 @@ def get_cifar10_dataset(
     if not is_published and ((root / "train").is_dir() or (root / "test").is_dir()):
         parts = [_read_image_folders(root / split) for split in ("train", "test")]
     else:
-        nearby = [] if is_published else sorted(root.glob("*"))
-        if (root / "airplane").is_dir():
-            nearby.append(root.parent)
-        for folder in nearby:  # a level too high or too deep: no download is wanted
-            if (folder / _BATCHES).is_dir() or (folder / "train" / "airplane").is_dir():
-                raise ValueError(f"{root}: CIFAR-10 seems to lie in {folder}; name that folder")
+        misplaced = [*root.glob(f"*/{_BATCHES}"), *root.glob("*/train/airplane")]
+        misplaced += root.glob("airplane")  # a level too high or too deep: no download is wanted
+        if misplaced and not is_published:
+            raise ValueError(f"{root}: CIFAR-10 seems to be {misplaced[0]}; {_EXPECTED}")
         if not download and not is_published:
             raise FileNotFoundError(f"{root}: no CIFAR-10 here; {_EXPECTED}")
-        folder = download_cifar10(root).parent
-        published = [datasets.CIFAR10(folder, is_train) for is_train in (True, False)]
+        download_cifar10(root)
+        published = [datasets.CIFAR10(root, is_train) for is_train in (True, False)]
         parts = [(np.ascontiguousarray(part.data), part.targets) for part in published]
     return tuple(_ArrayDataset(*part, CIFAR10_CLASSES, mean, std) for part in parts)
-
-
-_EXPECTED = (
-    "expected: cifar-10-batches-py, its archive, or images in train/<class>/ and test/<class>/"
-)
 
 
 def _check_normalization(mean, std):
@@ -1522,10 +1518,8 @@ def _draw(is_inside, rng):
 
 # --- Download ---
 
-_ARCHIVE = "cifar-10-python.tar.gz"
 _ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
 _ARCHIVE_SIZE = 170_498_071  # bytes
-_BATCHES = "cifar-10-batches-py"  # the folder in that archive
 _LEAST_SPEED = 200_000  # bytes a second; a slower source is left for the next one
 _SPEED_WINDOW = 15  # seconds over which that is measured
 _STALL = 10  # seconds without a byte after which a source is left, too
@@ -1548,23 +1542,23 @@ def download_cifar10(
         with tempfile.TemporaryDirectory(dir=root) as temporary:  # fails now if it is read-only
             if not archive.exists():
                 content = _fetch_from_any(mirrors, root)
-            elif check_integrity(archive, _ARCHIVE_MD5):
-                content = archive.read_bytes()
             else:
-                raise ValueError(f"{archive}: damaged; to download it, remove it")
+                content = archive.read_bytes()
+                if _md5(content) != _ARCHIVE_MD5:
+                    raise ValueError(f"{archive}: damaged; to download it, remove it")
             with tarfile.open(fileobj=io.BytesIO(content)) as tar:
                 tar.extractall(temporary, filter="data")
             with suppress(OSError):  # another process may have been faster
                 (Path(temporary) / _BATCHES).replace(folder)
-    meta = datasets.CIFAR10.meta
-    files = [*datasets.CIFAR10.train_list, *datasets.CIFAR10.test_list]
-    files.append((meta["filename"], meta["md5"]))
-    for name, md5 in files:
-        if not check_integrity(folder / name, md5):
-            raise ValueError(
-                f"{folder / name}: missing or damaged; to download it, remove {folder}"
-            )
+    try:
+        datasets.CIFAR10(root, train=False)  # it checks the md5 of each file
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: incomplete or damaged; to download it, remove it") from error
     return folder
+
+
+def _md5(content):
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def _fetch_from_any(mirrors, root):
@@ -1593,28 +1587,25 @@ def _fetch(url, least_speed):
     """Return the archive at `url`; raise TimeoutError if it stalls or comes too slowly."""
     request = urllib.request.Request(url, headers={"User-Agent": "velasoka"})
     content = bytearray()
-    with urllib.request.urlopen(request, timeout=_STALL) as reply:
-        if reply.headers.get_content_type() == "text/html":
-            raise ConnectionError("it answers with a web page, not with the archive")
-        with _make_bar(total=_ARCHIVE_SIZE, unit="B", unit_scale=True) as bar:
-            chunk = b"?"
-            began = time.perf_counter()
-            size_then = 0
-            while chunk and len(content) <= _ARCHIVE_SIZE:
-                chunk = reply.read1(1 << 16)  # what has come; `read` would wait, and hide crawling
-                content += chunk
-                bar.update(len(chunk))
-                seconds = time.perf_counter() - began
-                if seconds >= _SPEED_WINDOW:
-                    speed = (len(content) - size_then) / seconds
-                    if speed < least_speed:
-                        raise TimeoutError(f"it crawls at {speed / 1000:.0f} kB/s")
-                    began = time.perf_counter()
-                    size_then = len(content)
-    if len(content) < _ARCHIVE_SIZE:
-        raise ConnectionError(f"it broke off after {len(content):,} of {_ARCHIVE_SIZE:,} bytes")
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != _ARCHIVE_MD5:
-        raise ConnectionError("not the published file (its md5 differs)")
+    bar = _make_bar(total=_ARCHIVE_SIZE, unit="B", unit_scale=True)
+    with bar, urllib.request.urlopen(request, timeout=_STALL) as reply:
+        chunk = b"?"
+        began = time.perf_counter()
+        size_then = 0
+        while chunk and len(content) <= _ARCHIVE_SIZE:
+            chunk = reply.read1(1 << 16)  # what has come; `read` would wait, and hide crawling
+            content += chunk
+            bar.update(len(chunk))
+            seconds = time.perf_counter() - began
+            if seconds >= _SPEED_WINDOW:
+                speed = (len(content) - size_then) / seconds
+                if speed < least_speed:
+                    raise TimeoutError(f"it crawls at {speed / 1000:.0f} kB/s")
+                began = time.perf_counter()
+                size_then = len(content)
+    if _md5(content) != _ARCHIVE_MD5:
+        sizes = f"{len(content):,} bytes of {_ARCHIVE_SIZE:,}"
+        raise ConnectionError(f"what it sent, {sizes}, is not the published file (md5)")
     return content
 
 
@@ -1812,10 +1803,10 @@ def show_images(
         images = images.movedim(1, -1) * torch.tensor(std) + torch.tensor(mean)
         images = images.clamp(0, 1)
     rows = math.ceil(len(images) / columns)
-    figure = _new_figure(1.3 * columns, 1.6 * rows, rows, columns)
-    for axis in figure.axes:
+    figure = _new_figure(1.3 * columns, 1.6 * rows)
+    for index, (image, label) in enumerate(zip(images.numpy(), labels, strict=True)):
+        axis = figure.add_subplot(rows, columns, index + 1)
         axis.axis("off")
-    for axis, image, label in zip(figure.axes, images.numpy(), labels, strict=False):
         axis.imshow(image, cmap="gray")  # the map is for one channel only
         axis.set_title(classes[int(label)], fontsize=8)
     return figure
@@ -1834,14 +1825,13 @@ def show_misclassified(
 
     `images`, `labels` and `options` as for `show_images`; `logits` N×classes as from `predict`.
     """
-    if not len(images) == len(labels) == len(logits):
-        counts = f"{len(images)} images, {len(labels)} labels, {len(logits)} logits"
-        raise ValueError(f"{counts}: as many of each are needed")
     labels = torch.as_tensor(labels).cpu()
     confidences, predictions = logits.cpu().softmax(1).max(1)
     wrong = (predictions != labels).nonzero()[:, 0]
     if len(wrong) == 0:
-        return _text_figure(f"of {len(images):,} images none is misclassified")
+        figure = _new_figure(5, 1)
+        figure.suptitle(f"none of the {len(images):,} images is misclassified")
+        return figure
     surest = wrong[confidences[wrong].argsort(descending=True)][:count].tolist()
     titles = [
         f"{classes[labels[i]]}, taken for\n{classes[predictions[i]]} ({confidences[i]:.0%})"
@@ -1851,17 +1841,10 @@ def show_misclassified(
     return show_images(images, range(count), titles, **options)
 
 
-def _new_figure(width, height, rows=1, columns=1):
+def _new_figure(width, height):
     """Return an empty figure of pyplot's: Jupyter shows it, and since it is closed, once only."""
-    figure, _ = plt.subplots(rows, columns, figsize=(width, height), layout="constrained")
+    figure = plt.figure(figsize=(width, height), layout="constrained")
     plt.close(figure)
-    return figure
-
-
-def _text_figure(text):
-    figure = _new_figure(5, 1)
-    figure.axes[0].axis("off")
-    figure.axes[0].text(0.5, 0.5, text, ha="center", va="center")
     return figure
 
 
@@ -1871,11 +1854,9 @@ def plot_history(history: History | dict[str, History]) -> Figure:
     `history` is a `History`, or a dict of them by name, which are drawn together.
     """
     histories = history if isinstance(history, dict) else {"": history}
-    if not any(one.test for one in histories.values()):
-        return _text_figure("no epoch has been completed yet")
-    figure = _new_figure(10, 4, columns=2)
+    figure = _new_figure(10, 4)
     units = {"accuracy": "%", "loss": "cross entropy"}
-    for axis, (quantity, unit) in zip(figure.axes, units.items(), strict=True):
+    for axis, (quantity, unit) in zip(figure.subplots(1, 2), units.items(), strict=True):
         for index, (name, one) in enumerate(histories.items()):
             for phase, line in (("test", "o-"), ("train", "o:")):
                 values = [getattr(result, quantity) for result in getattr(one, phase)]
@@ -1899,7 +1880,7 @@ def plot_confusion_matrix(
     """
     counts = _confusion(labels, predictions, classes).numpy()
     figure = _new_figure(7, 6.5)
-    axis = figure.axes[0]
+    axis = figure.add_subplot()
     axis.grid(False)  # some styles have one
     axis.imshow(np.sqrt(counts), cmap="Blues")  # the root, or only the diagonal would be seen
     size = 8 if len(classes) <= 12 else 5
@@ -2012,7 +1993,7 @@ def _main(arguments=None):
     """Do what the command line asks for; return the exit status."""
     sys.stdout.reconfigure(errors="backslashreplace")  # no name of a file ends a run
     plt.switch_backend("agg")  # it only writes files
-    warnings.showwarning = lambda message, *_: print(f"velasoka: {message}", file=sys.stderr)
+    warnings.showwarning = _print_warning
     try:
         options = _parse(arguments)
         status = _predict_files(options) if options.predict else _train_models(options)
@@ -2027,6 +2008,11 @@ def _main(arguments=None):
     except (OSError, ValueError, MemoryError) as error:
         print(f"velasoka: {error}", file=sys.stderr)
         return 2
+
+
+def _print_warning(message, *_):
+    text = str(message).replace("resume=True", "--resume")
+    print(f"velasoka: {text}", file=sys.stderr)
 
 
 def _predict_files(options):
@@ -2113,7 +2099,12 @@ def _train(name, dataset, options, suffix):
     files = options.checkpoint, options.save
     checkpoint, save = (path and path.with_stem(path.stem + suffix) for path in files)
     history = start_cnn(
-        *(model, optimizer, get_ce_loss(), loaders, device, options.epochs),
+        model,
+        optimizer,
+        get_ce_loss(),
+        loaders,
+        device,
+        options.epochs,
         target_accuracy=options.target,
         checkpoint_path=checkpoint,
         resume=options.resume,
@@ -2124,7 +2115,7 @@ def _train(name, dataset, options, suffix):
     ended = f"{name}{note}: {history.status}, {len(history.test)} of {options.epochs} epochs in "
     ended += f"{seconds:.0f} s, test accuracy {accuracy:.2f}%, best {history.best_accuracy:.2f}%"
     if history.status == "interrupted":
-        ended += "; --resume continues" if checkpoint else ""
+        ended += "; --resume continues" if checkpoint and checkpoint.exists() else ""
     elif options.target:
         verdict = "reached" if history.status == "target reached" else "missed"
         ended += f": the target of {options.target:g}% is {verdict}"

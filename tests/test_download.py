@@ -4,16 +4,15 @@ fault                              what the user sees                        wha
 ---------------------------------  ----------------------------------------  --------------------
 refused, missing, no such host     the next source, in the end its reason    nothing
 no network at all                  "no network?" once, then the sources      nothing
-a login page instead of the file   the next source, in the end its reason    nothing
 a source that stalls               the next source after 10 s                nothing
 a source that crawls               the next source after 15 s                nothing
 all sources crawl                  the first of them once more, to its end   the data set
 a source that breaks off           the next source, in the end its reason    nothing
-wrong bytes, or too many           the next source, in the end its reason    nothing
+wrong bytes: a login page, say     the next source, in the end its reason    nothing
 interrupted                        the interrupt                             nothing
 two processes at once              both end well                             one data set
 a full disk, a wrong folder        its error, no other source is tried       nothing
-a damaged folder or archive        one line naming the file                  what was there
+a damaged folder or archive        one line naming it                        what was there
 """
 
 import contextlib
@@ -74,7 +73,7 @@ def mirror(archive):
             self.server.asked.append(name)
             content = {"wrong": b"?" * SIZE, "longer": whole + b"?" * 100_000}.get(name, whole)
             self.send_response(404 if name == "missing" else 200)
-            self.send_header("Content-Type", "text/html" if name == "login" else "application/gzip")
+            self.send_header("Content-Type", "application/gzip")
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             with contextlib.suppress(OSError):  # the other side may hang up
@@ -121,7 +120,7 @@ def names_in(folder):
     ("mirrors", "asked"),
     [
         ("missing whole wrong", "missing whole"),
-        ("login half wrong longer whole", "login half wrong longer whole"),
+        ("half wrong longer whole", "half wrong longer whole"),
         ("stall crawl whole", "stall crawl whole"),
         ("crawl missing", "crawl missing crawl"),
     ],
@@ -138,10 +137,9 @@ def test_the_first_source_that_delivers_is_taken(mirrors, asked, mirror, impatie
 def test_if_all_fail_each_is_named_with_its_reason_and_the_way_out(mirror, impatient, tmp_path):
     said = {
         "missing": "404",
-        "login": "web page",
-        "wrong": "md5",
-        "longer": "md5",
-        "half": "broke off after 70,000 of 140,000 bytes",
+        "wrong": "not the published file",
+        "longer": "not the published file",
+        "half": "70,000 bytes of 140,000",
         "stall": "timed out",
     }
     urls = [*mirror.urls(*said), "http://127.0.0.1:1/refused"]
@@ -226,7 +224,7 @@ def test_an_archive_that_is_there_is_verified_unpacked_and_kept(archive):
 def test_a_damaged_folder_is_named_and_stays_as_it_is(name, harm, published):
     harm(published / name)
     before = names_in(published)
-    with pytest.raises(ValueError, match=f"{name}: missing or damaged") as error:
+    with pytest.raises(ValueError, match=f"{FOLDER}: incomplete or damaged") as error:
         velasoka.get_cifar10_dataset(root=published.parent)
     assert "\n" not in str(error.value)
     assert names_in(published) == before

@@ -76,7 +76,7 @@ def test_an_interrupt_says_in_one_line_what_the_model_holds_and_what_is_kept(cap
     learnt = "Interrupted in epoch 1 of 2: the model has what it has learnt so far"
     for batch, options, expected in (
         (4, {}, held),
-        (4, KEEP, f"{held}; resume=True continues from run.pt"),
+        (4, KEEP, f"{held}; run.pt can be resumed"),
         (2, {}, learnt),
         (2, {"checkpoint_path": "new.pt"}, learnt),
     ):

@@ -190,7 +190,7 @@ def test_a_run_ends_at_its_target_or_when_the_callback_says_so(
     def callback(history):
         saved = velasoka._load("run.pt")["history"]  # written before
         seen.append([len(history.train), len(history.test), len(saved["test"])])
-        return len(history.test) == stop_in or "only True stops"
+        return np.bool_(len(history.test) == stop_in) or "only True stops"
 
     options = {"checkpoint_path": "run.pt", "target_accuracy": target, "callback": callback}
     history, model = tiny_run(epochs=3, **options)
