@@ -1403,7 +1403,8 @@ def get_cifar10_dataset(
         misplaced = [*root.glob(f"*/{_BATCHES}"), *root.glob("*/train/airplane")]
         misplaced += root.glob("airplane")  # a level too high or too deep: no download is wanted
         if misplaced and not is_published:
-            raise ValueError(f"{root}: CIFAR-10 seems to be {misplaced[0]}; {_EXPECTED}")
+            what = f"{misplaced[0]} is not at the level where it is looked for"
+            raise ValueError(f"{root}: {what}; {_EXPECTED}")
         if not download and not is_published:
             raise FileNotFoundError(f"{root}: no CIFAR-10 here; {_EXPECTED}")
         download_cifar10(root)
@@ -1838,7 +1839,7 @@ def show_misclassified(
         for i in surest
     ]
     images = [images[i] for i in surest]
-    return show_images(images, range(count), titles, **options)
+    return show_images(images, range(len(titles)), titles, **options)
 
 
 def _new_figure(width, height):

@@ -131,8 +131,8 @@ def test_what_is_wrong_in_image_folders_is_named_in_one_line(image_folders, harm
             "flat",
             r"lie directly in train/.*<class>/",
         ),
-        ({"train": "data/train", "test": "data/test"}, ".", "data/train/airplane;"),  # too high
-        ({}, "train", "train/airplane; expected"),  # too deep
+        ({"train": "data/train", "test": "data/test"}, ".", "data/train/airplane is not at the level"),  # too high
+        ({}, "train", "train/airplane is not at the level"),  # too deep
     ],
 )
 def test_a_root_that_is_nearly_right_is_told_what_is_expected(
