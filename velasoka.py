@@ -171,10 +171,10 @@ def _autocast(device, precision):
 # --- Models ---
 #
 # The channels of each layer come in mirror pairs: the first filter mirrors the last, the second
-# the last but one, and so on. An image and its mirror image then get the same logits, and each
-# teaches what both would (group equivariance, https://arxiv.org/abs/1602.07576). Only nearly, since
-# pools round odd sides up at one end and batch norms count each channel for itself, so images are
-# still flipped at random.
+# the last but one, and so on. An image and its mirror image then get the same logits, and what is
+# learnt from one holds for the other (group equivariance, https://arxiv.org/abs/1602.07576). Only
+# nearly: pools round odd sides up at one end, and batch norms keep statistics for each channel
+# of a pair. So images are still flipped at random.
 
 
 def _with_mirror(parameter: Tensor, dims: list[int]) -> Tensor:
@@ -319,14 +319,13 @@ def get_cifar10_data_loader(
     Batches are float images N×3×H×W and int64 labels N on `device`, by default the fastest. The
     train loader shuffles. The same `seed` gives the same batches on every device.
 
-    A data set of this module, or a `Subset` of one, lies on the device as uint8 (184 MB), and
-    batches are made there. With `augment`, training images are flipped at random and, from the
-    second epoch of `start_cnn` on, shifted by up to 2 pixels. Any other data set, or one whose
-    `transform` was replaced, becomes an ordinary `DataLoader` that applies its own transforms.
+    A data set of this module, or a `Subset` of one, lies on the device as uint8 (184 MB). With
+    `augment`, its training images are flipped at random and, from the second epoch of `start_cnn`
+    on, shifted by up to 2 pixels. Any other data set, or one whose `transform` was changed,
+    becomes an ordinary `DataLoader` that applies its own transforms, without worker processes.
 
     `batch_transform(images, labels)`, which returns such a pair, is applied to each training
     batch, last, on the device: `torchvision.transforms.v2.CutMix`, or a function of your own.
-    There are no worker processes: they could not use a GPU.
     """
     device = get_available_device() if device is None else torch.device(device)
     loaders = []
@@ -636,8 +635,8 @@ def train_cnn(
     each batch, unless `scheduler_interval`, "epoch" or "batch", says otherwise. `precision` is
     the dtype for autocast (https://arxiv.org/abs/1710.03740), by default the fastest,
     `torch.float32` for none; in float16 pass one `torch.amp.GradScaler` for all epochs. The rate
-    of each batch is appended to `learning_rates`. Only a model that is in eval mode as a whole
-    is put into training mode; parts of it may stay in eval mode.
+    of each batch is appended to `learning_rates`. A model in eval mode is put into training
+    mode; if only parts of it are, frozen batch norms say, they stay so.
 
     Raises FloatingPointError if the loss is not finite, MemoryError if memory is exhausted,
     ValueError for labels or outputs that do not fit.
@@ -814,16 +813,14 @@ class _Meter:
     def __iter__(self):
         """Yield the batches on the device, images in the model's dtype and memory format."""
         layout = getattr(self.model, "memory_format", torch.contiguous_format)
-        dtypes = [weight.dtype for weight in self.model.parameters() if weight.is_floating_point()]
+        floats = (weight for weight in self.model.parameters() if weight.is_floating_point())
+        dtype = next(floats, torch.empty(0)).dtype
         for images, labels in self.loader:
             self.labels = labels
             self.num_batches += 1
             if self.optimizer is not None:
                 self.rates.append(float(self.optimizer.param_groups[0]["lr"]))
-            dtype = dtypes[0] if dtypes and images.is_floating_point() else images.dtype
-            images = images.to(self.device, dtype, memory_format=layout)
-            dtype = torch.float32 if labels.ndim == 2 else labels.dtype
-            yield images, labels.to(self.device, dtype)
+            yield images.to(self.device, dtype, memory_format=layout), labels.to(self.device)
         if self.num_batches == 0:
             raise ValueError("data_loader has no batches (an iterator can be read only once)")
         self.read()

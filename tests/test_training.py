@@ -102,7 +102,7 @@ def test_every_image_weighs_the_same_in_a_last_batch_that_is_smaller(device):
 
 
 def test_probabilities_that_are_sure_train_and_test_as_labels_do():
-    soft = [(images, F.one_hot(labels, 10).double()) for images, labels in BATCHES]
+    soft = [(images, F.one_hot(labels, 10).float()) for images, labels in BATCHES]
     one, model = tiny_run(**FLOAT32)
     other, soft_model = tiny_run(loaders=(soft, soft), **FLOAT32)
     for result, expected in zip(other.train + other.test, one.train + one.test, strict=True):
