@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import velasoka
-from benchmarks import accuracy, launches, time_to_accuracy
+from benchmarks import accuracy, launches
 
 
 @pytest.fixture
@@ -61,16 +61,6 @@ def test_held_out_images_are_not_trained_on(pictures):
     kept, held_out = accuracy.held_out(pictures, 50)
     assert sorted([*kept.indices, *held_out.indices]) == list(range(200))
     assert (len(held_out), held_out.dataset) == (50, pictures[0])
-
-
-def test_time_to_accuracy_compares_with_the_first_version(run, capsys):
-    arguments = "--models", "dilated", "--target", "100", "--first-epochs", "2"
-    (found,) = run(time_to_accuracy, *arguments)
-    assert [len(after) for after in found["first_version"]] == [2, 2]
-    assert found["first_version"][1][0] > found["first_version"][0][0] > 0
-    output = capsys.readouterr().out
-    assert output.startswith("| model | target (%) |")
-    assert "| dilated | 100.00 | not reached | over " in output
 
 
 def test_a_step_asks_for_few_launches(monkeypatch):

@@ -131,7 +131,11 @@ def test_what_is_wrong_in_image_folders_is_named_in_one_line(image_folders, harm
             "flat",
             r"lie directly in train/.*<class>/",
         ),
-        ({"train": "data/train", "test": "data/test"}, ".", "data/train/airplane is not at the level"),  # too high
+        (
+            {"train": "data/train", "test": "data/test"},
+            ".",
+            "data/train/airplane is not at the level",
+        ),  # too high
         ({}, "train", "train/airplane is not at the level"),  # too deep
     ],
 )

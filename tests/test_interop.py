@@ -17,9 +17,6 @@ import velasoka
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else its import asks the network for a newer version
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning")  # its own affairs
-both_optimizers = pytest.mark.parametrize(
-    "get_optimizer", [velasoka.get_sgd_optimizer, velasoka.get_muon_optimizer], ids=["sgd", "muon"]
-)
 
 
 @pytest.fixture
@@ -50,8 +47,7 @@ def assert_trained(model, before):
     assert weights_of(model).isfinite().all()
 
 
-@both_optimizers
-def test_lightning_fits_and_sees_images_augmented(model, loaders, one_image, get_optimizer):
+def test_lightning_fits_and_sees_images_augmented(model, one_image):
     lightning = pytest.importorskip("lightning")
     seen = []
 
@@ -65,36 +61,24 @@ def test_lightning_fits_and_sees_images_augmented(model, loaders, one_image, get
             seen.extend(images)
             return F.cross_entropy(self.model(images), labels)
 
-        def validation_step(self, batch, batch_idx):
-            images, labels = batch
-            self.log("accuracy", (self.model(images).argmax(1) == labels).float().mean())
-
         def configure_optimizers(self):
-            return get_optimizer(self.model)
-
-    def fit(*loaders, **options):
-        parts = "logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"
-        trainer = lightning.Trainer(devices=1, **dict.fromkeys(parts, False), **options)
-        trainer.fit(Classifier(), *loaders)
-        return trainer
+            return velasoka.get_muon_optimizer(self.model)
 
     before = weights_of(model)
-    trainer = fit(*loaders, max_epochs=2)
-    assert trainer.global_step == 2 * len(loaders[0])
-    assert 0 <= trainer.callback_metrics["accuracy"] <= 1
-    assert_trained(model, before)
+    parts = "logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"
     for options in ({}, {"overfit_batches": 1}):  # for which Lightning makes the loader anew
         seen.clear()
-        fit(one_image, max_epochs=8, **options)
+        options |= dict.fromkeys(parts, False)
+        lightning.Trainer(devices=1, max_epochs=8, **options).fit(Classifier(), one_image)
         assert_augmented_and_transformed(seen)
+    assert_trained(model, before)
 
 
-@both_optimizers
-def test_accelerate_trains(pictures, model, loaders, one_image, device, get_optimizer):
+def test_accelerate_trains(pictures, model, loaders, one_image, device):
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=device.type == "cpu")
     before = weights_of(model)
-    parts = model, get_optimizer(model), loaders[0], one_image
+    parts = model, velasoka.get_muon_optimizer(model), loaders[0], one_image
     model, optimizer, loader, one_image = accelerator.prepare(*parts)
     orders = [[], []]
     for order in orders:
@@ -110,22 +94,19 @@ def test_accelerate_trains(pictures, model, loaders, one_image, device, get_opti
     assert_augmented_and_transformed([images[0] for _ in range(8) for images, _ in one_image])
 
 
-@both_optimizers
-def test_lr_finder_before_and_after_a_run(model, loaders, device, get_optimizer):
+def test_lr_finder_before_a_run(model, loaders, device):
     torch_lr_finder = pytest.importorskip("torch_lr_finder")
-    optimizer = get_optimizer(model)
+    optimizer = velasoka.get_muon_optimizer(model)
     loss_fn = velasoka.get_ce_loss(0)
     peak = optimizer.param_groups[0]["lr"]
-    for _ in range(2):
-        finder = torch_lr_finder.LRFinder(model, optimizer, loss_fn, device)
-        finder.range_test(loaders[0], loaders[1], 1e-4, 1e-2, 3, smooth_f=0)
-        assert finder.history["lr"][::2] == pytest.approx([1e-4, 1e-2])
-        tested = velasoka.test_cnn(model, loaders[1], device, progress=False)
-        assert finder.history["loss"][-1] == pytest.approx(tested.loss, 0.02)
-        finder.reset()
-        arguments = model, optimizer, loss_fn, loaders, device, 1
-        history = velasoka.start_cnn(*arguments, progress=False)
-        assert max(history.learning_rates) == pytest.approx(peak)
+    finder = torch_lr_finder.LRFinder(model, optimizer, loss_fn, device)
+    finder.range_test(loaders[0], loaders[1], 1e-4, 1e-2, 3, smooth_f=0)
+    assert finder.history["lr"][::2] == pytest.approx([1e-4, 1e-2])
+    tested = velasoka.test_cnn(model, loaders[1], device, progress=False)
+    assert finder.history["loss"][-1] == pytest.approx(tested.loss, 0.02)
+    finder.reset()
+    history = velasoka.start_cnn(model, optimizer, loss_fn, loaders, device, 1, progress=False)
+    assert max(history.learning_rates) == pytest.approx(peak)
 
 
 def test_torchinfo_counts_the_same_parameters(model):
