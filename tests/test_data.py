@@ -126,17 +126,9 @@ def test_what_is_wrong_in_image_folders_is_named_in_one_line(image_folders, harm
 @pytest.mark.parametrize(
     ("moved", "root", "said"),
     [
-        (
-            {"train/airplane/0000.png": "flat/train/1.png"},
-            "flat",
-            r"lie directly in train/.*<class>/",
-        ),
-        (
-            {"train": "data/train", "test": "data/test"},
-            ".",
-            "data/train/airplane is not at the level",
-        ),  # too high
-        ({}, "train", "train/airplane is not at the level"),  # too deep
+        ({"train/airplane/0000.png": "flat/train/1.png"}, "flat", r"directly in train/.*<class>/"),
+        ({"train": "data/train", "test": "data/test"}, ".", "data/train/airplane is not at"),
+        ({}, "train", "train/airplane is not at"),
     ],
 )
 def test_a_root_that_is_nearly_right_is_told_what_is_expected(
