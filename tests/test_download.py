@@ -21,7 +21,6 @@ import http.server
 import shutil
 import tarfile
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,29 +65,21 @@ def mirror(archive):
     """A server on loopback, each path with a fault of its own; `asked` lists the paths."""
     whole = archive.read_bytes()
     closing = threading.Event()
+    contents = {"wrong": b"?" * SIZE, "longer": whole + b"?" * 100_000}
+    contents |= {"half": whole[: SIZE // 2], "stall": whole[: SIZE // 2]}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             name = self.path[1:]
             self.server.asked.append(name)
-            content = {"wrong": b"?" * SIZE, "longer": whole + b"?" * 100_000}.get(name, whole)
             self.send_response(404 if name == "missing" else 200)
-            self.send_header("Content-Type", "application/gzip")
-            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
+            content = contents.get(name, whole)
             with contextlib.suppress(OSError):  # the other side may hang up
-                self.send(name, content)
-
-        def send(self, name, content):
-            if name in ("half", "stall"):
-                self.wfile.write(content[: SIZE // 2])
-                closing.wait(5 if name == "stall" else 0)
-            elif name == "crawl":  # at 200 kB/s
-                for start in range(0, SIZE, 2000):
+                for start in range(0, len(content), 2000):
                     self.wfile.write(content[start : start + 2000])
-                    closing.wait(0.01)
-            else:
-                self.wfile.write(content)
+                    closing.wait(0.01 if name == "crawl" else 0)  # at 200 kB/s
+                closing.wait(5 if name == "stall" else 0)
 
         def log_message(self, *_):
             pass
@@ -154,25 +145,18 @@ def test_if_all_fail_each_is_named_with_its_reason_and_the_way_out(mirror, impat
     assert names_in(tmp_path / "new") == []
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "error", "asked"),
-    [
-        (velasoka.urllib.request, "urlopen", KeyboardInterrupt(), []),
-        (tarfile.TarFile, "extractall", OSError(errno.ENOSPC, "No space left"), ["whole"]),
-    ],
-    ids=["interrupt", "full disk"],
-)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
 def test_an_interrupt_or_a_full_disk_leaves_nothing_and_is_no_fault_of_a_source(
-    owner, name, error, asked, mirror, tmp_path, monkeypatch
+    error, mirror, tmp_path, monkeypatch
 ):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(owner, name, fail)
+    monkeypatch.setattr(tarfile.TarFile, "extractall", fail)
     with pytest.raises(type(error)) as raised:
         velasoka.download_cifar10(tmp_path / "new", mirrors=mirror.urls("whole", "whole"))
     assert raised.value is error
-    assert mirror.asked == asked
+    assert mirror.asked == ["whole"]
     assert names_in(tmp_path / "new") == []
 
 
@@ -220,9 +204,8 @@ def test_an_archive_that_is_there_is_verified_unpacked_and_kept(archive):
 
 
 @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
-@pytest.mark.parametrize("harm", [lambda path: path.write_bytes(b"torn"), Path.unlink])
-def test_a_damaged_folder_is_named_and_stays_as_it_is(name, harm, published):
-    harm(published / name)
+def test_a_damaged_folder_is_named_and_stays_as_it_is(name, published):
+    (published / name).write_bytes(b"torn")
     before = names_in(published)
     with pytest.raises(ValueError, match=f"{FOLDER}: incomplete or damaged") as error:
         velasoka.get_cifar10_dataset(root=published.parent)
