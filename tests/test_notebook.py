@@ -163,13 +163,10 @@ def test_without_a_network_it_says_how_to_go_on(notebook):
         exec(cell.source, {"velasoka": module, "Stop": Stop, "DRAWN_PICTURES": False})  # noqa: S102
 
 
-EARLIER = b'__version__ = "2.3.0"\n'
-
-
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"\n" + EARLIER, "not version 3 of velasoka"),
+        (b'\n__version__ = "2.3.0"\n', "not version 3 of velasoka"),
         (b"<html>Sign in</html>", "not version 3 of velasoka"),
         (b"\xff\xfe", "can't decode"),
         (None, "HTTP Error 404"),
@@ -183,14 +180,6 @@ def test_what_is_not_the_module_is_named_and_not_kept(content, why, notebook, se
     assert status == 1 and why in error
     assert "put version 3 beside this notebook" in error
     assert not (tmp_path / "velasoka.py").exists()
-
-
-def test_an_earlier_copy_is_named_and_never_replaced(notebook, tmp_path):
-    local = tmp_path / "velasoka.py"
-    local.write_bytes(EARLIER)
-    status, error = set_up(notebook, tmp_path)
-    assert status == 1 and local.read_bytes() == EARLIER
-    assert f"{local} is earlier than version 3" in error
 
 
 def test_the_committed_file_is_a_whole_run_that_any_page_can_show(notebook):
