@@ -259,7 +259,7 @@ class SimpleModel(nn.Module):
             *_conv_norm_relu(4 * width, 4 * width, 3), *_conv_norm_relu(4 * width, 8 * width, 3)
         )
         classifier = _MirroredConv2d(8 * width, num_classes, 1, dims=(1,))
-        # global average pooling first, so that it sees all: 10, receptive field 60
+        # global average pooling, then the classes: 10, receptive field 60
         self.c4 = nn.Sequential(nn.AdaptiveAvgPool2d(1), classifier, nn.Flatten())
 
     def forward(self, images: Tensor) -> Tensor:
@@ -277,7 +277,9 @@ class DilatedModel(SimpleModel):
         super().__init__(fm_size, num_classes=num_classes)
         width = 4 * fm_size
         dilated = _conv_norm_relu(width, width, 3, dilation=2)
-        self.c3 = _block(*dilated, *_conv_norm_relu(width, 2 * width, 2))  # 256×4×4, 40
+        self.c3 = _block(
+            *dilated, *_conv_norm_relu(width, 2 * width, 2)
+        )  # 256×4×4, receptive field 40
 
 
 class DilatedDepthwiseModel(DilatedModel):
@@ -325,30 +327,30 @@ def get_cifar10_data_loader(
     becomes an ordinary `DataLoader` that applies its own transforms, without worker processes.
 
     `batch_transform(images, labels)`, which returns such a pair, is applied to each training
-    batch, last, on the device: `torchvision.transforms.v2.CutMix`, or a function of your own.
+    batch, last, on the device: torchvision's `v2.CutMix(num_classes=10)`, a Cutout of your own.
     """
     device = get_available_device() if device is None else torch.device(device)
     loaders = []
-    for part, is_train in zip(dataset, (True, False), strict=True):
+    for split, is_train in zip(dataset, (True, False), strict=True):
         generator = torch.Generator().manual_seed(seed)
-        source = part
+        source = split
         indices = slice(None)  # all
         while type(source) is Subset:
             indices = np.asarray(source.indices, dtype=int)[indices]
             source = source.dataset
-        if type(source) is _ArrayDataset and repr(source.transform) == source.own_transform:
-            part = _DeviceDataset(source, indices, device, augment and is_train, generator)
+        if type(source) is _ArrayDataset and source.has_own_transform():
+            split = _DeviceDataset(source, indices, device, augment and is_train, generator)
         collate = functools.partial(_collate, device, batch_transform if is_train else None)
         options = {"collate_fn": collate, "generator": generator}
-        loaders.append(DataLoader(part, batch_size, shuffle=is_train, **options))
+        loaders.append(DataLoader(split, batch_size, shuffle=is_train, **options))
     return tuple(loaders)
 
 
 def _collate(device, batch_transform, items):
-    """Make `(images, labels)` on the device of what the data set gave for a batch."""
+    """Turn what the data set returned for a batch into `(images, labels)` on `device`."""
     is_batch = isinstance(items, TensorDataset)  # of a `_DeviceDataset`
     pair = items.tensors if is_batch else default_collate(items)
-    images, labels = (part.to(device) for part in pair)
+    images, labels = (tensor.to(device) for tensor in pair)
     return batch_transform(images, labels) if batch_transform else (images, labels)
 
 
@@ -399,15 +401,15 @@ class _DeviceDataset(Dataset):
         return TensorDataset(images.permute(0, 3, 1, 2), self.labels[index])
 
     def _draw_augmentation(self, number):
-        """Return for each image the shifts down and across, 0 to 4 (2: none), and 1 to flip it."""
+        """Return for each image its shift down and across, 0 to 4 (2: none), and 1 to flip it."""
         generator = None if get_worker_info() else self.generator  # torch seeds workers
-        down = across = torch.full((number,), _MAX_SHIFT)
-        flipped = torch.zeros_like(down)
+        drawn = torch.zeros(3, number, dtype=torch.int64)
+        drawn[:2] = _MAX_SHIFT
         if self.augment and self.epoch != 0:
-            down, across = torch.randint(2 * _MAX_SHIFT + 1, (2, number), generator=generator)
+            drawn[:2].random_(2 * _MAX_SHIFT + 1, generator=generator)
         if self.augment:
-            flipped = torch.randint(2, (number,), generator=generator)
-        return down, across, flipped
+            drawn[2].random_(2, generator=generator)
+        return drawn
 
 
 def _shifted_positions(size):
@@ -428,8 +430,9 @@ def get_muon_optimizer(
     """Return Muon for the filters of dense convolutions, SGD for everything else.
 
     `lr` is the peak of `start_cnn`'s schedule: by default 0.05 × √(`batch_size` / 64), since the
-    gradients of larger batches are less noisy (https://arxiv.org/abs/2205.10287). Biases of batch
-    norms and depthwise convolutions learn at 20 × `lr`, all else, the last layer too, at 2 × `lr`.
+    gradients of larger batches are less noisy (https://arxiv.org/abs/2205.10287). Depthwise
+    convolutions and the biases of batch norms learn at 20 × `lr`, all else that Muon does not
+    move, the last layer too, at 2 × `lr`.
     """
     if lr is None:
         lr = _PEAK_LR * (batch_size / _BATCH_SIZE) ** 0.5
@@ -464,12 +467,12 @@ class _Muon(Optimizer):
     """SGD with Nesterov momentum, whose groups marked `muon` move by orthogonal matrices.
 
     The update of a filter bank, output channels × the rest, is made orthogonal: all directions
-    learn at the same pace, no few dominate. The bank keeps its first norm, so that `lr` is the
+    learn at the same pace, none dominates. The bank keeps its first norm, so that `lr` is the
     angle by which it turns. From https://kellerjordan.github.io/posts/muon and airbench
     (https://github.com/KellerJordan/cifar10-airbench); `torch.optim.Muon` takes matrices only.
     """
 
-    # a `GradScaler` leaves unscaling and skipping to `step`: the host need not wait to know
+    # tells a `GradScaler` that `step` unscales and skips by itself: the host need not wait
     _step_supports_amp_scaling = True
 
     def __init__(self, groups, lr):
@@ -503,7 +506,7 @@ class _Muon(Optimizer):
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         momentum = group["momentum"]
         buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
-        # x to the power of 0 is 1, so after an overflow the momentum stays as it is
+        # momentum to the power of 0 is 1: after an overflow, the buffers stay as they are
         torch._foreach_mul_(buffers, momentum**is_finite)
         torch._foreach_add_(buffers, gradients)
         updates = torch._foreach_add(gradients, buffers, alpha=momentum)  # Nesterov: look ahead
@@ -515,7 +518,7 @@ class _Muon(Optimizer):
         torch._foreach_sub_(weights, updates)
 
     def _restore_norms(self, weights, is_finite):
-        """Scale each filter bank to the norm of its first step; return these norms."""
+        """Give each filter bank the norm that it had at its first step; return these norms."""
         norms = torch._foreach_norm(weights)
         for weight, norm in zip(weights, norms, strict=True):
             if "norm" not in self.state[weight]:  # filters that were all zero get the usual one
@@ -645,7 +648,7 @@ def train_cnn(
     precision = precision or _fastest_precision(device)
     by_batch = _is_stepped_by_batch(scheduler, scheduler_interval)
     if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
-        raise ValueError("scheduler: ReduceLROnPlateau needs the test of start_cnn's epochs")
+        raise ValueError("scheduler: ReduceLROnPlateau is stepped by start_cnn, once an epoch")
     _check_optimizer(optimizer, model, scheduler)
     if scaler is None:
         scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
@@ -783,7 +786,7 @@ class _Meter:
     device: torch.device
     progress: bool
     optimizer: Optimizer | None = None  # in training only
-    tolerated: int = 0  # so many bad losses in a row, in float16, are the scaler's business
+    tolerated: int = 0  # losses in a row that may overflow in float16: the scaler skips them
     rates: list = field(default_factory=list)  # the learning rate of each batch
     labels: Tensor | None = None  # of the last batch, as they came
     num_batches: int = 0
@@ -847,7 +850,7 @@ class _Meter:
         if time.perf_counter() >= self.next_read:
             self.read()
             self.next_read = time.perf_counter() + 0.5
-            if self.optimizer is not None:  # a test that is sorted by class misleads halfway
+            if self.optimizer is not None:  # half of a test may be of half of the classes
                 self.show()
         self.bar.update()
 
@@ -878,16 +881,16 @@ class _Meter:
     def show(self):
         """Draw the bar, at least ten columns of it, and behind it as many details as fit."""
         result = self.result()
-        start = f"{self.phase} Accuracy={result.accuracy:.2f}%"
+        head = f"{self.phase} Accuracy={result.accuracy:.2f}%"
         details = [f" loss={result.loss:.3f}", _note_of(self.loader)]
         if self.optimizer is not None:
             details.append(f" lr={self.rates[-1]:.1e}")
-        self.text = start + "".join(details)
+        self.text = head + "".join(details)
         details.append(" {elapsed}<{remaining}")
-        room = shutil.get_terminal_size().columns - len(f"{start}: 100%|1234567890|")
-        while len(details) > 1 and len("".join(details)) - 10 > room:  # times will take 10 less
+        room = shutil.get_terminal_size().columns - len(f"{head}: 100%|1234567890|")
+        while len(details) > 1 and len("".join(details)) - 10 > room:  # times are 10 shorter
             details.pop()
-        self.bar.bar_format = start + ": {percentage:3.0f}%|{bar}|" + "".join(details)
+        self.bar.bar_format = head + ": {percentage:3.0f}%|{bar}|" + "".join(details)
         self.bar.refresh()
 
 
@@ -957,16 +960,18 @@ def start_cnn(
     `data_loader` is `(train, test)`, iterables of batches as for `train_cnn`, read anew in each
     epoch; a data set or sampler with torch's `set_epoch` is told the epoch, from 0. `scheduler`
     and `scheduler_interval` as for `train_cnn`, but an epoch ends with its test, whose loss
-    `ReduceLROnPlateau` gets, or with `mode="max"` its accuracy. Without one, the rate rises to
-    the optimiser's own, falls to nearly zero by the last batch, and is restored after the run.
+    `ReduceLROnPlateau` gets, or with `mode="max"` its accuracy. Without a `scheduler`, the rate
+    rises to the optimiser's own, then falls to nearly zero, and is restored after the run.
 
     The run ends when a test reaches `target_accuracy`, in percent, or `callback(history)`, called
     after each epoch, returns True. After each epoch all it needs is written to `checkpoint_path`;
-    with `resume` it continues from there, on the CPU bit for bit as if it had not stopped.
+    with `resume` it continues from there, on the CPU bit for bit as if it had not stopped, if
+    all random numbers come from the global generators and the train loader's `generator`.
 
     The model ends with the weights of the last epoch. After an interrupt (Ctrl-C, the stop
-    button), an error or a loss that is not finite it has those of the best epoch; in the first
-    epoch its initial ones, or after an interrupt what it has learnt. An error has the `history`.
+    button), an error or a loss that is not finite it has those of the best epoch. Within the
+    first there is no best: an interrupt keeps what has been learnt, else the initial weights are
+    back. An error has the `history`.
     """
     if epochs < 1:
         raise ValueError(f"epochs={epochs}: at least 1 is needed")
@@ -979,7 +984,7 @@ def start_cnn(
     train_loader, test_loader = data_loader
     by_batch = _is_stepped_by_batch(scheduler, scheduler_interval)
     _check_optimizer(optimizer, model, scheduler)
-    first_batch = list(islice(test_loader, 1))  # what does not fit is better known now
+    first_batch = list(islice(test_loader, 1))  # what does not fit fails now, not after an epoch
     predict(model, first_batch, device, precision=precision)
     num_batches = _length(train_loader)
     if num_batches is None:
@@ -990,14 +995,13 @@ def start_cnn(
     history = History()
     best = copy.deepcopy(model.state_dict())
     checkpoint = None
-    first_rate = "lr" if scheduler is None else "initial_lr"  # where a scheduler keeps it
-    rates = [float(group.get(first_rate, group["lr"])) for group in optimizer.param_groups]
     has_own_schedule = scheduler is None
     if has_own_schedule:
         for group in optimizer.param_groups:
             group.pop("initial_lr", None)  # of an earlier scheduler
         scheduler = _triangular_schedule(optimizer, epochs * num_batches)
         by_batch = True
+    rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
     try:
         if checkpoint_path is not None:
             parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
@@ -1037,7 +1041,8 @@ def start_cnn(
             if checkpoint is not None:
                 checkpoint.save(history, best)
             answer = None if callback is None else callback(history)
-            is_stopped = isinstance(answer, (bool, np.bool_)) and bool(answer)  # no other value
+            # True only, of Python or NumPy: a callback may return other things
+            is_stopped = isinstance(answer, (bool, np.bool_)) and bool(answer)
             history.status = _status(history, epochs, target_accuracy, is_stopped)
     except BaseException as error:
         history.status = _status_after(error)
@@ -1063,7 +1068,7 @@ def start_cnn(
         _set_epoch(train_loader, epochs)  # whoever reads it next gets images augmented in full
         if has_own_schedule:
             for group in optimizer.param_groups:
-                group["lr"] = group.pop("initial_lr")
+                group["lr"] = group.pop("initial_lr", group["lr"])
     return history
 
 
@@ -1334,7 +1339,7 @@ _EXPECTED = f"expected: {_BATCHES}, its archive, or images in train/<class>/ and
 
 
 class _ArrayDataset(Dataset):
-    """Labelled pictures in memory, with the attributes of torchvision's `CIFAR10`."""
+    """Labelled pictures in memory, with attributes and items as torchvision's `CIFAR10` has."""
 
     def __init__(self, data, targets, classes, mean, std, note=""):
         self.data = np.ascontiguousarray(data)  # uint8 N×H×W×3
@@ -1344,13 +1349,16 @@ class _ArrayDataset(Dataset):
         self.mean, self.std = mean, std
         self.note = note
         self.transform = compose_transform(to_tensor(), to_normalize(mean, std))
-        self.own_transform = repr(self.transform)  # tells whether it was changed
+        self.first_transform = repr(self.transform)
 
     def __len__(self):
         return len(self.targets)
 
     def __getitem__(self, index):
-        return self.transform(self.data[index]), self.targets[index]
+        return self.transform(Image.fromarray(self.data[index])), self.targets[index]
+
+    def has_own_transform(self):
+        return repr(self.transform) == self.first_transform
 
 
 def to_normalize(mean: Sequence[float], std: Sequence[float]) -> transforms.Normalize:

@@ -3,6 +3,7 @@
 import os
 import random
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -37,15 +38,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(kind, pictures, 
         loaders = interrupted_at(error_at, *loaders)
         return train(model, loaders, device, 3, **options), weights_of(model)
 
-    def counts(history):
-        return [result.correct for result in history.train + history.test]
-
     whole, weights = run()
     assert run(error_at=16, **KEEP)[0].status == "interrupted"
     for _ in range(2):  # the second time, the run is found done
         resumed, weights_again = run(**RESUME)
         assert torch.equal(weights, weights_again) or device.type != "cpu"
-        assert counts(resumed) == counts(whole) or device.type != "cpu"
         assert resumed.learning_rates == whole.learning_rates
         assert (resumed.best_epoch, resumed.status) == (whole.best_epoch, "completed")
 
@@ -136,24 +133,16 @@ def test_a_file_of_another_kind_is_refused_in_one_line_and_runs_nothing(kind):
 
 
 def test_a_checkpoint_that_cannot_be_written_warns_and_the_next_epoch_tries_again(monkeypatch):
-    fsync = os.fsync
-    errors = iter([None, OSError(28, "No space left on device"), None])
+    results = [None, OSError(28, "No space left on device"), None]
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=results))
     kept = []
-
-    def fail(descriptor):
-        error = next(errors)
-        if error:
-            raise error
-        fsync(descriptor)
 
     def callback(history):
         kept.append(len(velasoka._load("run.pt")["history"]["test"]))
 
-    monkeypatch.setattr(os, "fsync", fail)
     with pytest.warns(UserWarning, match=r"^run\.pt: .*not written.*No space") as warned:
         history, _ = tiny_run(epochs=3, callback=callback, **KEEP)
-    assert len(warned) == 1
-    assert (history.status, kept) == ("completed", [1, 1, 3])
+    assert (len(warned), history.status, kept) == (1, "completed", [1, 1, 3])
     assert [path.name for path in Path().iterdir()] == ["run.pt"]
 
 

@@ -5,6 +5,7 @@ import os
 import pickle
 import warnings
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -35,10 +36,7 @@ def test_a_write_that_breaks_off_leaves_the_file_that_was_there(model, tmp_path,
     velasoka.save_model(model, path)
     before = path.read_bytes()
 
-    def break_off(descriptor):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(velasoka.os, "fsync", break_off)
+    monkeypatch.setattr(velasoka.os, "fsync", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         velasoka.save_model(velasoka.SimpleModel(fm_size=2), path)
     assert path.read_bytes() == before
@@ -65,37 +63,27 @@ def test_a_device_is_written_into(model):
     assert not Path(os.devnull).is_file()
 
 
-def saved(content):
-    torch.save(content, "made.pt")
-    return Path("made.pt").read_bytes()
+WEIGHTS = velasoka.DilatedDepthwiseModel(fm_size=4).state_dict()
+NO_WEIGHTS = [  # what is in the file, and what is said of it
+    (b"", "not a file of weights"),
+    (b"no weights", "not a file of weights"),
+    (pickle.dumps(Bomb(), protocol=2), "not a file of weights"),
+    (Bomb(), "not a file of weights"),
+    ([1, 2], "not a file of weights"),
+    ({"best": 93.1, 3: "x"}, "not the weights of this"),
+    (velasoka.DilatedModel(fm_size=4).state_dict(), r"c2\.3\.weight"),
+    (WEIGHTS | {"c4.1.bias": torch.zeros(11)}, r"c4.1.bias: \[11\]"),
+    (WEIGHTS | {"c4.1.other": torch.zeros(10)}, r"c4.1.other: \[10\] in the file"),
+    (WEIGHTS | {"c4.1.bias": torch.full([10], torch.nan)}, "c4.1.bias has NaN"),
+]
 
 
-def weights(**changes):
-    """The bytes of a file of weights, with the `bias` or the `other` entry of c4.1 as given."""
-    state = velasoka.DilatedDepthwiseModel(fm_size=4).state_dict()
-    state |= {f"c4.1.{name}": value for name, value in changes.items()}
-    return saved(state)
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (lambda: b"", "not a file of weights"),
-        (lambda: b"no weights", "not a file of weights"),
-        (lambda: weights()[:-1000], "not a file of weights"),
-        (lambda: saved([1, 2]), "not a file of weights"),
-        (lambda: saved(Bomb()), "not a file of weights"),
-        (lambda: pickle.dumps(Bomb(), protocol=2), "not a file of weights"),
-        (lambda: saved({"lr": 0.1, 3: "x"}), "not the weights of this"),
-        (lambda: saved(velasoka.DilatedModel(fm_size=4).state_dict()), r"c2\.3\.weight"),
-        (lambda: saved({}), r"c1\.0\.weight"),
-        (lambda: weights(bias=torch.zeros(11)), r"c4.1.bias: \[11\]"),
-        (lambda: weights(other=torch.zeros(10)), r"c4.1.other: \[10\] in the file"),
-        (lambda: weights(bias=torch.full([10], torch.nan)), "c4.1.bias has NaN"),
-    ],
-)
+@pytest.mark.parametrize(("content", "said"), NO_WEIGHTS)
 def test_what_are_no_weights_of_this_model_is_refused_in_one_line(content, said, model):
-    Path("net.pt").write_bytes(content())
+    if isinstance(content, bytes):
+        Path("net.pt").write_bytes(content)
+    else:
+        torch.save(content, "net.pt")
     before = copy.deepcopy(model)
     with pytest.raises(ValueError, match=said) as error:
         velasoka.load_model(model, "net.pt")
@@ -105,8 +93,13 @@ def test_what_are_no_weights_of_this_model_is_refused_in_one_line(content, said,
     assert torch.equal(weights_of(model), weights_of(before))
 
 
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
 @pytest.mark.parametrize(
-    "wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel, AveragedModel]
+    "wrap",
+    [compiled, nn.DataParallel, AveragedModel, lambda model: compiled(nn.DataParallel(model))],
 )
 def test_weights_of_a_wrapped_model_load_into_the_plain_one_and_back(wrap, model):
     wrapped = wrap(model)

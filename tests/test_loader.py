@@ -79,12 +79,19 @@ class Mirrored(Subset):
 def negative():
     """A data set of ours with a transform of the user's."""
     dataset, _ = velasoka.get_synthetic_dataset(8, 4)
-    dataset.transform = lambda image: velasoka.to_tensor()(255 - image)
+    dataset.transform = lambda image: 1 - velasoka.to_tensor()(image)
+    return dataset
+
+
+def changed_in_place():
+    dataset, _ = velasoka.get_synthetic_dataset(8, 4)
+    dataset.transform.transforms.append(torch.neg)
     return dataset
 
 
 OTHERS = {
     "another transform": negative,
+    "a transform more": changed_in_place,
     "subset of another transform": lambda: Subset(negative(), [3, 1]),
     "subset of one's own": lambda: Mirrored(velasoka.get_synthetic_dataset(8, 4)[0], range(8)),
     "concatenated": lambda: ConcatDataset(velasoka.get_synthetic_dataset(8, 4)),
