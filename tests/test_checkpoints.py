@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import BATCHES, KEEP, Bomb, interrupted_at, linear_model, tiny_run, train, weights_of
+from conftest import BATCHES, KEEP, QUIET, Bomb, interrupted_at, linear_model, tiny_run, weights_of
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader
@@ -26,17 +26,36 @@ class Noisy(velasoka.DilatedDepthwiseModel):
         return super().forward(images * (1 + noise))
 
 
-@pytest.mark.parametrize("kind", ["own", "shuffled", "with a generator"])
+LOADERS = {
+    "shuffled": lambda dataset: DataLoader(dataset, 32, shuffle=True),
+    "with a generator": lambda dataset: DataLoader(
+        dataset, 32, shuffle=True, generator=torch.Generator().manual_seed(2)
+    ),
+}
+SCHEDULERS = {
+    "StepLR": lambda optimizer: StepLR(optimizer, 1, 0.5),
+    "OneCycleLR": lambda optimizer: OneCycleLR(optimizer, 0.1, total_steps=21),
+    "ReduceLROnPlateau": lambda optimizer: ReduceLROnPlateau(optimizer, patience=0, threshold=9.0),
+}
+
+
+@pytest.mark.parametrize("kind", ["own", *LOADERS, *SCHEDULERS])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(kind, pictures, device):
     def run(error_at=None, **options):
         velasoka.seed_everything(1)
         model = Noisy(fm_size=2)
+        rate = np.logspace(-2, -1, 2)[0]  # a number of NumPy's is kept, too
+        optimizer = velasoka.get_muon_optimizer(model, rate)
         loaders = velasoka.get_cifar10_data_loader(pictures, 32, device=device)
-        if kind != "own":
-            generator = torch.Generator().manual_seed(2) if kind == "with a generator" else None
-            loaders = DataLoader(pictures[0], 32, shuffle=True, generator=generator), loaders[1]
+        if kind in LOADERS:
+            loaders = LOADERS[kind](pictures[0]), loaders[1]
+        if kind in SCHEDULERS:
+            options["scheduler"] = SCHEDULERS[kind](optimizer)
         loaders = interrupted_at(error_at, *loaders)
-        return train(model, loaders, device, 3, **options), weights_of(model)
+        loss_fn = velasoka.get_ce_loss()
+        options |= QUIET
+        history = velasoka.start_cnn(model, optimizer, loss_fn, loaders, device, 3, **options)
+        return history, weights_of(model)
 
     whole, weights = run()
     assert run(error_at=16, **KEEP)[0].status == "interrupted"
@@ -45,30 +64,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(kind, pictures, 
         assert torch.equal(weights, weights_again) or device.type != "cpu"
         assert resumed.learning_rates == whole.learning_rates
         assert (resumed.best_epoch, resumed.status) == (whole.best_epoch, "completed")
-
-
-SCHEDULERS = {
-    "StepLR": lambda optimizer: StepLR(optimizer, 1, 0.5),
-    "OneCycleLR": lambda optimizer: OneCycleLR(optimizer, 0.1, total_steps=9),
-    "ReduceLROnPlateau": lambda optimizer: ReduceLROnPlateau(optimizer, patience=0, threshold=9.0),
-}
-
-
-@pytest.mark.parametrize("kind", SCHEDULERS)
-def test_a_resumed_run_has_the_rates_and_the_weights_of_the_whole_one(kind):
-    def run(error_at=None, **options):
-        model = linear_model()
-        rate = np.logspace(-2, -1, 2)[0]  # a number of NumPy's is kept, too
-        optimizer = velasoka.get_sgd_optimizer(model, rate)
-        options |= {"scheduler": SCHEDULERS[kind](optimizer), "epochs": 3}
-        history, _ = tiny_run(model, optimizer, loaders=interrupted_at(error_at), **options)
-        return history.learning_rates, optimizer.param_groups[0]["lr"], weights_of(model)
-
-    *rates, weights = run()
-    run(error_at=7, **KEEP)
-    *rates_again, weights_again = run(**RESUME)
-    assert rates_again == rates
-    assert torch.equal(weights_again, weights)
 
 
 def test_a_run_goes_on_in_another_precision():

@@ -12,6 +12,7 @@ import types
 
 import nbformat
 import pytest
+import torch
 from conftest import save_images
 from PIL import Image
 
@@ -132,19 +133,11 @@ def test_stopping_a_model_in_run_all_stops_the_run_in_one_line(notebook, picture
 def test_a_point_that_is_not_met_is_named_at_the_end(notebook, capsys):
     cells = only(with_settings(notebook), "points|end")
     lists = "counts", "pools", "dilated", "separable", "pooled"
-    values = dict.fromkeys(lists, ["some"] * 3) | {
-        "velasoka": velasoka,
-        "Stop": Stop,
-        "DRAWN_PICTURES": True,
-        "models": velasoka.MODELS,
-        "histories": dict.fromkeys(velasoka.MODELS, velasoka.History()),
-        "device": velasoka.get_available_device(),
-        "devices": [velasoka.get_available_device().type] * 3,
-        "in_order": [True] * 3,
-        "fields": [60, 64, 64],
-        "parameters": [3, 2, 1],
-        "accuracies": [82, 79.99, 81],
-    }
+    values = dict.fromkeys(lists, ["some"] * 3)
+    values |= {"velasoka": velasoka, "Stop": Stop, "DRAWN_PICTURES": True, "in_order": [True]}
+    values |= {"device": torch.device("cpu"), "devices": ["cpu"] * 3, "models": velasoka.MODELS}
+    values |= {"fields": [60, 64, 64], "parameters": [3, 2, 1], "accuracies": [82, 79.99, 81]}
+    values["histories"] = dict.fromkeys(velasoka.MODELS, velasoka.History())
     exec(cells["points"].source, values)  # noqa: S102
     with pytest.raises(Stop, match=r"^not met: test accuracy 80% or more$"):
         exec(cells["end"].source, values)  # noqa: S102
