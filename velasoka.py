@@ -1150,22 +1150,21 @@ class _Checkpoint:
 
     def __init__(self, path, parts, scaler, loss_fn, run, train_loader):
         self.path = Path(path).expanduser()
-        self.parts = parts | {"scaler": scaler}
-        # a run is known by the classes of its parts, its size, and how it was started
-        self.run = run | {name: type(part).__name__ for name, part in parts.items()}
-        self.run["loss"] = type(loss_fn).__name__
-        self.run["parameters"] = sum(weight.numel() for weight in parts["model"].parameters())
-        self.generator = getattr(train_loader, "generator", None)
-        self.is_written = False
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.is_written = False
+        self.parts = parts | {"scaler": scaler}
+        self.generator = getattr(train_loader, "generator", None) or torch.default_generator
+        # a run is known by how it was started, the classes of its parts and the model's size
+        named = parts | {"loss": loss_fn}
+        self.run = run | {name: type(part).__name__ for name, part in named.items()}
+        self.run["parameters"] = count_parameters(parts["model"])
 
     def is_to_be_loaded(self, resume):
         """Return whether there is a run to continue; warn if that may not be expected."""
         is_there = self.path.exists()
         if is_there != resume:
-            what = "will be overwritten; resume=True continues its run"
-            what = "not there, so the run starts anew" if resume else what
-            warnings.warn(f"{self.path}: {what}", stacklevel=3)
+            what = "not there, so" if resume else "overwritten without resume=True:"
+            warnings.warn(f"{self.path}: {what} the run starts anew", stacklevel=3)
         return is_there and resume
 
     def save(self, history, best):
@@ -1173,7 +1172,14 @@ class _Checkpoint:
         try:
             content = {name: part.state_dict() for name, part in self.parts.items()}
             content |= {"run": self.run, "history": asdict(history), "best": best}
-            _save(content | {"random": _random_states(self.generator)}, self.path)
+            content["random"] = {
+                "python": random.getstate(),
+                "numpy": np.random.get_state(),
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all(),  # of each GPU
+                "loader": self.generator.get_state(),
+            }
+            _save(content, self.path)
             self.is_written = True
         except Exception as error:  # a full disk; a scheduler that holds what no file takes
             what = f"checkpoint not written ({error}); training continues"
@@ -1182,11 +1188,9 @@ class _Checkpoint:
     def load(self):
         """Restore all that `save` wrote; return the history and the best weights."""
         content = _load(self.path)
-        if "fingerprint" in content:
-            what = "of version 2, which cannot be continued: delete it to train anew"
-            raise ValueError(f"{self.path}: {what}; load_model takes its best weights")
         if "run" not in content:
-            raise ValueError(f"{self.path}: not a checkpoint of start_cnn")
+            what = "not a checkpoint to continue, as of version 2; delete it to train anew"
+            raise ValueError(f"{self.path}: {what}")
         for name, value in self.run.items():
             before = content["run"].get(name)
             if before != value:
@@ -1194,31 +1198,17 @@ class _Checkpoint:
         for name, part in self.parts.items():
             if content[name]:  # a scaler that is not used has no state
                 part.load_state_dict(content[name])
-        _restore_random_states(content["random"], self.generator)
+        states = content["random"]
+        random.setstate(states["python"])
+        np.random.set_state(states["numpy"])
+        torch.set_rng_state(states["torch"])
+        torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
+        self.generator.set_state(states["loader"])
         self.is_written = True
-        history = content["history"]
-        for phase in ("train", "test"):
-            history[phase] = [EpochResult(**result) for result in history[phase]]
-        return History(**history), content["best"]
-
-
-def _random_states(generator):
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),  # of each GPU
-        "loader": None if generator is None else generator.get_state(),
-    }
-
-
-def _restore_random_states(states, generator):
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
-    if generator is not None and states["loader"] is not None:
-        generator.set_state(states["loader"])
+        history = History(**content["history"])
+        history.train = [EpochResult(**result) for result in history.train]
+        history.test = [EpochResult(**result) for result in history.test]
+        return history, content["best"]
 
 
 def save_model(model: nn.Module, path: _PathLike) -> None:
@@ -1240,12 +1230,12 @@ def load_model(model: nn.Module, path: _PathLike, device: _Device | None = None)
     found = {_plain_name(name): value for name, value in weights.items()}
     if "n_averaged" not in own:
         found.pop("n_averaged", None)  # how many models torch's `AveragedModel` has averaged
-    for name in [*own, *found]:
+    for name in own | found:
         in_file, in_model = (_shape_of(each.get(name)) for each in (found, own))
-        if in_file != in_model or name not in own or name not in found:
+        if in_file != in_model:
             what = f"{name}: {in_file} in the file, {in_model} in the model"
             raise ValueError(f"{path}: not the weights of this {type(model).__name__} ({what})")
-        if isinstance(found[name], Tensor) and found[name].isnan().any():
+        if isinstance(found.get(name), Tensor) and found[name].isnan().any():
             raise ValueError(f"{path}: the weights are damaged ({name} has NaN)")
     model.load_state_dict({name: found[_plain_name(name)] for name in model.state_dict()})
     return model if device is None else model.to(device)
@@ -1271,15 +1261,13 @@ def _save(content, path):
 
 def _load(path):
     """Return the dict that `_save` wrote, its tensors on the CPU."""
-    content = io.BytesIO(_existing(path).read_bytes())
-    try:
-        content = _load_safely(content)
-    except Exception:  # a file of another kind can fail in any way
-        content = None
-    if not isinstance(content, dict):
-        what = "of another kind, cut off, or with code, which is never run"
-        raise ValueError(f"{path}: not a file of weights, but {what}")
-    return content
+    file = io.BytesIO(_existing(path).read_bytes())
+    with suppress(Exception):  # a file of another kind can fail in any way
+        content = _load_safely(file)
+        if isinstance(content, dict):
+            return content
+    what = "but of another kind, cut off, or with code, which is never run"
+    raise ValueError(f"{path}: not a file of weights, {what}")
 
 
 def _load_safely(file):
