@@ -35,9 +35,8 @@ import tempfile
 import time
 import urllib.request
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from http.client import HTTPException
 from itertools import islice
@@ -1346,7 +1345,7 @@ class _ArrayDataset(Dataset):
 
 def to_normalize(mean: Sequence[float], std: Sequence[float]) -> transforms.Normalize:
     """Return torchvision's `Normalize`: (pixel − mean) / std by channel."""
-    return transforms.Normalize(mean=mean, std=std)
+    return transforms.Normalize(mean, std)
 
 
 def to_tensor() -> transforms.ToTensor:
@@ -1361,7 +1360,7 @@ def to_pil() -> transforms.ToPILImage:
 
 def compose_transform(*args: Callable) -> transforms.Compose:
     """Return torchvision's `Compose`: the transforms, applied from left to right."""
-    return transforms.Compose(list(args))
+    return transforms.Compose(args)
 
 
 def get_cifar10_dataset(
@@ -1377,7 +1376,7 @@ def get_cifar10_dataset(
     torchvision's `cifar-10-batches-py` or its archive, or 32×32 images, PNG or JPEG, in
     `train/<class>/` and `test/<class>/`; otherwise the archive is downloaded into it.
 
-    Raises FileNotFoundError if there is nothing and `download` is false, ConnectionError if no
+    Raises FileNotFoundError if it is not there and no download is wanted, ConnectionError if no
     source delivers, ValueError for a file or folder that is not as it should be.
     """
     _check_normalization(mean, std)
@@ -1385,19 +1384,18 @@ def get_cifar10_dataset(
     if root.name == _BATCHES and root.is_dir():
         root = root.parent
     is_published = (root / _BATCHES).exists() or (root / _ARCHIVE).exists()
-    if not is_published and ((root / "train").is_dir() or (root / "test").is_dir()):
-        parts = [_read_image_folders(root / split) for split in ("train", "test")]
+    folders = root / "train", root / "test"
+    if not is_published and any(folder.is_dir() for folder in folders):
+        parts = [_read_image_folders(folder) for folder in folders]
     else:
-        misplaced = [*root.glob(f"*/{_BATCHES}"), *root.glob("*/train/airplane")]
-        misplaced += root.glob("airplane")  # a level too high or too deep: no download is wanted
-        if misplaced and not is_published:
-            what = f"{misplaced[0]} is not at the level where it is looked for"
-            raise ValueError(f"{root}: {what}; {_EXPECTED}")
-        if not download and not is_published:
-            raise FileNotFoundError(f"{root}: no CIFAR-10 here; {_EXPECTED}")
+        # a level too high or too deep: no download is wanted
+        misplaced = [*root.glob(f"*/{_BATCHES}"), *root.glob("*/train/cat"), *root.glob("cat")]
+        if not is_published and (misplaced or not download):
+            but = f", but {misplaced[0]}" if misplaced else ""
+            raise FileNotFoundError(f"{root}: no CIFAR-10 here{but}; {_EXPECTED}")
         download_cifar10(root)
         published = [datasets.CIFAR10(root, is_train) for is_train in (True, False)]
-        parts = [(np.ascontiguousarray(part.data), part.targets) for part in published]
+        parts = [(part.data, part.targets) for part in published]
     return tuple(_ArrayDataset(*part, CIFAR10_CLASSES, mean, std) for part in parts)
 
 
@@ -1421,11 +1419,11 @@ def _read_image_folders(folder):
         if picture.size != (32, 32):
             raise ValueError(f"{path}: {picture.width}×{picture.height} pixels, not 32×32")
         images.append(np.asarray(picture))
-    return np.stack(images), [CIFAR10_CLASSES.index(path.parent.name) for path in paths]
+    return images, [CIFAR10_CLASSES.index(path.parent.name) for path in paths]
 
 
 def _image_files(folder, pattern):
-    paths = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
+    paths = sorted(folder.glob(pattern))
     return [path for path in paths if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
 
 
@@ -1529,12 +1527,9 @@ def download_cifar10(
     if not folder.exists():
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root) as temporary:  # fails now if it is read-only
-            if not archive.exists():
-                content = _fetch_from_any(mirrors, root)
-            else:
-                content = archive.read_bytes()
-                if _md5(content) != _ARCHIVE_MD5:
-                    raise ValueError(f"{archive}: damaged; to download it, remove it")
+            content = archive.read_bytes() if archive.exists() else _fetch_any(mirrors, root)
+            if _md5(content) != _ARCHIVE_MD5:
+                raise ValueError(f"{archive}: damaged; to download it, remove it")
             with tarfile.open(fileobj=io.BytesIO(content)) as tar:
                 tar.extractall(temporary, filter="data")
             with suppress(OSError):  # another process may have been faster
@@ -1550,26 +1545,25 @@ def _md5(content):
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def _fetch_from_any(mirrors, root):
+def _fetch_any(mirrors, root):
     """Return the archive's bytes from the first source that delivers it."""
-    queue = deque((url, _LEAST_SPEED) for url in mirrors)
+    queue = [(url, _LEAST_SPEED) for url in mirrors]
     reasons = {}
-    while queue:
-        url, least_speed = queue.popleft()
+    for url, least_speed in queue:
         print(f"Downloading CIFAR-10 ({_ARCHIVE_SIZE / 1e6:.0f} MB) from {url}", flush=True)
         try:
             return _fetch(url, least_speed)
         except (OSError, HTTPException) as error:
-            reasons[url] = error
+            reasons[url] = str(error)
             if isinstance(error, TimeoutError) and least_speed:
                 queue.append((url, 0))  # what stalls or crawls is better than nothing
-    lines = ["CIFAR-10 could not be downloaded:"]
-    lines += [f"  {url}: {reason}" for url, reason in reasons.items()]
-    common = set(map(str, reasons.values()))
-    if len(common) == 1 and len(reasons) > 1:
-        lines = [f"CIFAR-10 could not be downloaded: no network? {common.pop()}", *reasons]
-    lines.append(f"Way out: put {_ARCHIVE}, fetched by hand, into {root.resolve()}")
-    raise ConnectionError("\n".join(lines))
+    problem = "CIFAR-10 could not be downloaded"
+    sources = [f"{url}: {reason}" for url, reason in reasons.items()]
+    if len(sources) > 1 and len(set(reasons.values())) == 1:
+        problem += f": no network? {reasons[url]}"
+        sources = list(reasons)
+    way_out = f"Way out: put {_ARCHIVE}, fetched by hand, into {root.resolve()}"
+    raise ConnectionError("\n".join([problem, *sources, way_out]))
 
 
 def _fetch(url, least_speed):
@@ -1578,11 +1572,10 @@ def _fetch(url, least_speed):
     content = bytearray()
     bar = _make_bar(total=_ARCHIVE_SIZE, unit="B", unit_scale=True)
     with bar, urllib.request.urlopen(request, timeout=_STALL) as reply:
-        chunk = b"?"
         began = time.perf_counter()
         size_then = 0
-        while chunk and len(content) <= _ARCHIVE_SIZE:
-            chunk = reply.read1(1 << 16)  # what has come; `read` would wait, and hide crawling
+        # `read1` gives what has come; `read` would wait, and hide crawling
+        for chunk in iter(functools.partial(reply.read1, 1 << 16), b""):
             content += chunk
             bar.update(len(chunk))
             seconds = time.perf_counter() - began
@@ -1617,15 +1610,15 @@ def receptive_field(model: nn.Module, input_size: Sequence[int] = (3, 32, 32)) -
     warning. See https://distill.pub/2019/computing-receptive-fields.
     """
     tracer, output = _run_copy(_trace, model, input_size)
-    outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-    views = [leaf.seen for leaf in outputs if hasattr(leaf, "seen")]
-    if len(views) < len(outputs):
+    views = [getattr(leaf, "seen", None) for leaf in tree_leaves(output) if torch.is_tensor(leaf)]
+    followed = [seen for seen in views if seen is not None]
+    if len(followed) < len(views):
         tracer.lost.append("the output")
     if tracer.lost:
         names = ", ".join(list(dict.fromkeys(tracer.lost))[:6])
         warnings.warn(f"receptive field: cannot follow {names}, and leaves it out", stacklevel=2)
-    if tracer.rows and views:
-        largest = max(views, key=lambda seen: seen[0].tolist())
+    if tracer.rows and followed:
+        largest = max(followed, key=lambda seen: seen[0].tolist())
         if (largest[0] != tracer.field).any():  # another branch ran last
             tracer.add_row("output", 1, 1, 1, largest)
     return tracer.rows
@@ -1633,18 +1626,15 @@ def receptive_field(model: nn.Module, input_size: Sequence[int] = (3, 32, 32)) -
 
 def _trace(model, input_size):
     """Return a tracer of a pass of zeros through `model`, and the output."""
-    tracer = _ViewTracer(model)
-    images = torch.zeros(1, *input_size, requires_grad=torch.is_grad_enabled()).clone()
+    images = torch.zeros(1, *input_size)
     images.seen = np.array([(1, 1), (1, 1), images.shape[2:]])
-    with tracer:
+    with _ViewTracer(model) as tracer:
         return tracer, model(images)
 
 
-_MAX_POOL = ("input", "kernel_size", "stride", "padding", "dilation")
 _WINDOWED = {  # what slides a window, and its arguments in order
     "conv2d": ("input", "weight", "bias", "stride", "padding", "dilation"),
-    "max_pool2d": _MAX_POOL,
-    "max_pool2d_with_indices": _MAX_POOL,
+    "max_pool2d": ("input", "kernel_size", "stride", "padding", "dilation"),
     "avg_pool2d": ("input", "kernel_size", "stride"),
 }
 _POOLING = "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "sum", "amax", "amin"
@@ -1677,11 +1667,9 @@ class _ViewTracer(TorchFunctionMode):
         kwargs = kwargs or {}
         output = function(*args, **kwargs)
         name = function.__name__
-        if name.startswith("new_") or name.endswith("_like"):  # only the form of what is given
-            return output
         seen = [leaf.seen for leaf in tree_leaves((args, kwargs)) if hasattr(leaf, "seen")]
-        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        if seen and outputs:
+        outputs = [leaf for leaf in tree_leaves(output) if torch.is_tensor(leaf)]
+        if seen and outputs and not name.startswith("new_"):  # `new_zeros` takes only the dtype
             now = self.step(name, args, kwargs, np.stack(seen), outputs[0])
             for tensor in outputs:
                 tensor.seen = now
@@ -1709,22 +1697,21 @@ class _ViewTracer(TorchFunctionMode):
 
     def add_row(self, layer, kernel, stride, dilation, seen):
         self.field, jump, size = seen
-        names = "kernel_size", "stride", "dilation", "output_size", "jump", "receptive_field"
-        pairs = np.broadcast_arrays(kernel, stride, dilation, size, jump, self.field)
-        sides = [
-            height if height == width else (height, width)
-            for height, width in np.array(pairs).tolist()
-        ]
-        self.rows.append({"layer": layer, **dict(zip(names, sides, strict=True))})
+        row = {"kernel_size": kernel, "stride": stride, "dilation": dilation}
+        row |= {"output_size": size, "jump": jump, "receptive_field": self.field}
+        for name, sides in row.items():
+            height, width = np.broadcast_to(sides, 2).tolist()
+            row[name] = height if height == width else (height, width)
+        self.rows.append({"layer": layer, **row})
 
 
 def _window(name, args, kwargs):
     """Return kernel, stride and dilation, each (height, width), of a call of `name`."""
     given = dict(zip(_WINDOWED[name], args, strict=False)) | kwargs
-    is_convolution = name == "conv2d"
-    kernel = given["weight"].shape[2:] if is_convolution else given["kernel_size"]
-    stride = given.get("stride") or (1 if is_convolution else kernel)
-    sides = kernel, stride, given.get("dilation", 1)
+    kernel, stride = given.get("kernel_size"), given.get("stride")
+    if name == "conv2d":
+        kernel, stride = given["weight"].shape[2:], stride or 1
+    sides = kernel, stride or kernel, given.get("dilation", 1)
     return [np.broadcast_to(np.array(side), 2) for side in sides]
 
 
@@ -1737,11 +1724,8 @@ def model_summary(
     all is computed on a copy on the CPU, whatever the `device` that older notebooks pass.
     """
     rows = receptive_field(model, input_size)
-    table = io.StringIO()
     try:
-        with redirect_stdout(table):
-            _run_copy(torchsummary.summary, model, tuple(input_size), -1, "cpu")
-        print(table.getvalue(), end="")
+        _run_copy(torchsummary.summary, model, tuple(input_size), -1, "cpu")
     except Exception:  # it knows only layers that return one tensor
         print("torchsummary has no table for this model")
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -1764,8 +1748,7 @@ def _run_copy(function, model, *args):
             with torch.no_grad():
                 return function(model, *args)
         except RuntimeError:  # a hook on the gradient of an activation, as Grad-CAM has
-            with torch.enable_grad():
-                return function(model, *args)
+            return function(model, *args)
 
 
 # --- Plots ---

@@ -131,8 +131,8 @@ def test_what_is_wrong_in_image_folders_is_named_in_one_line(image_folders, harm
             "flat",
             r"lie directly in train/.*<class>/",
         ),
-        ({"train": "data/train", "test": "data/test"}, ".", "data/train/airplane is not at the level"),  # too high
-        ({}, "train", "train/airplane is not at the level"),  # too deep
+        ({"train": "data/train", "test": "data/test"}, ".", "but .*data/train/cat"),  # too high
+        ({}, "train", "but .*train/cat"),  # too deep
     ],
 )
 def test_a_root_that_is_nearly_right_is_told_what_is_expected(
@@ -143,7 +143,7 @@ def test_a_root_that_is_nearly_right_is_told_what_is_expected(
         (image_folders / old).rename(image_folders / new)
     monkeypatch.delattr(velasoka.urllib.request, "urlopen")
     before = sorted(image_folders.rglob("*"))
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
         velasoka.get_cifar10_dataset(root=image_folders / root)
     assert sorted(image_folders.rglob("*")) == before
 
