@@ -1855,8 +1855,8 @@ def plot_confusion_matrix(
     axis = figure.add_subplot()
     axis.grid(False)  # some styles have one
     axis.imshow(np.sqrt(counts), cmap="Blues")  # the root, or only the diagonal would be seen
-    size = 8 if len(classes) <= 12 else 5
     if len(classes) <= 30:
+        size = min(8, 150 / len(classes))
         for (row, column), count in np.ndenumerate(counts):
             colour = "white" if count > counts.max() / 4 else "black"
             axis.text(column, row, count, ha="center", va="center", size=size, color=colour)
@@ -1905,9 +1905,10 @@ def _parse(arguments):
     add("--model", choices=[*MODELS, "all"], help="default: dilated-depthwise")
     add("--epochs", type=int, help="default: 1")
     add("--target", type=float, help="percent to stop at (default: 80, none with --epochs)")
-    add("--data", type=Path, help="folder of CIFAR-10 (default: ./data, downloaded)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--data", type=Path, help="folder of CIFAR-10 (default: ./data)")
+    source.add_argument("--synthetic", action="store_true", help="use drawn pictures instead")
     add("--download", action="store_true", help="download CIFAR-10 into --data if need be")
-    add("--synthetic", action="store_true", help="train on drawn pictures instead")
     add("--batch-size", type=int, default=_BATCH_SIZE, help=f"default: {_BATCH_SIZE}")
     add("--lr", type=float, help="default: what suits the batch size")
     precisions = ["float32", "bfloat16", "float16"]
@@ -1934,14 +1935,10 @@ def _parse(arguments):
         if value is not None and not lowest <= value <= highest:
             option = name.replace("_", "-")
             parser.error(f"--{option} {value}: from {lowest:g} to {highest:g} is needed")
-    if options.synthetic and (options.data or options.download):
-        parser.error("--synthetic reads no --data and downloads nothing")
     if options.resume and not options.checkpoint:
         parser.error("--resume needs --checkpoint")
     if bool(options.predict) != bool(options.load):
         parser.error("--predict and --load need each other")
-    if options.predict and (options.checkpoint or options.save or options.figures):
-        parser.error("--predict writes no files")
     curves = options.figures and options.figures / "curves.png"
     for path in filter(None, (options.checkpoint, options.save, curves)):
         parent = next(parent for parent in path.absolute().parents if parent.exists())
@@ -1990,9 +1987,8 @@ def _print_warning(message, *_):
 def _predict_files(options):
     """Print the likeliest classes of each picture; return the exit status."""
     model = _load_fitting_model(options)
-    settings = {"precision": options.precision}
-    if options.synthetic:
-        settings["classes"] = list(_SHAPES)
+    classes = list(_SHAPES) if options.synthetic else CIFAR10_CLASSES
+    settings = {"classes": classes, "precision": options.precision}
     status = 0
     for pattern in options.predict:
         for path in sorted(glob.glob(pattern)) or [pattern]:  # Windows leaves patterns to us
@@ -2040,7 +2036,7 @@ def _train_models(options):
     if is_fallback:
         _say(f"CIFAR-10 was unavailable (see above): these were drawn pictures{note}.")
     expected = "completed" if options.target is None else "target reached"
-    return 0 if all(history.status == expected for history in histories.values()) else 1
+    return int(any(history.status != expected for history in histories.values()))
 
 
 def _find_data(options):
@@ -2106,10 +2102,9 @@ def _train(name, dataset, options, suffix):
 
 def _write_figure(figure, path, note):
     """Write `figure` as PNG, with the note above it."""
-    buffer = io.BytesIO()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.suptitle(note.strip())
-    figure.savefig(buffer, dpi=120)
-    _write_file(path, buffer.getbuffer())
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
