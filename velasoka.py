@@ -35,9 +35,8 @@ import tempfile
 import time
 import urllib.request
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from http.client import HTTPException
 from itertools import islice
@@ -1152,22 +1151,21 @@ class _Checkpoint:
 
     def __init__(self, path, parts, scaler, loss_fn, run, train_loader):
         self.path = Path(path).expanduser()
-        self.parts = parts | {"scaler": scaler}
-        # a run is known by the classes of its parts, its size, and how it was started
-        self.run = run | {name: type(part).__name__ for name, part in parts.items()}
-        self.run["loss"] = type(loss_fn).__name__
-        self.run["parameters"] = sum(weight.numel() for weight in parts["model"].parameters())
-        self.generator = getattr(train_loader, "generator", None)
-        self.is_written = False
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.is_written = False
+        self.parts = parts | {"scaler": scaler}
+        self.generator = getattr(train_loader, "generator", None) or torch.default_generator
+        # a run is known by how it was started, the classes of its parts and the model's size
+        named = parts | {"loss": loss_fn}
+        self.run = run | {name: type(part).__name__ for name, part in named.items()}
+        self.run["parameters"] = count_parameters(parts["model"])
 
     def is_to_be_loaded(self, resume):
         """Return whether there is a run to continue; warn if that may not be expected."""
         is_there = self.path.exists()
         if is_there != resume:
-            what = "will be overwritten; resume=True continues its run"
-            what = "not there, so the run starts anew" if resume else what
-            warnings.warn(f"{self.path}: {what}", stacklevel=3)
+            what = "not there" if resume else "will be overwritten without resume=True"
+            warnings.warn(f"{self.path}: {what}; the run starts anew", stacklevel=3)
         return is_there and resume
 
     def save(self, history, best):
@@ -1175,7 +1173,14 @@ class _Checkpoint:
         try:
             content = {name: part.state_dict() for name, part in self.parts.items()}
             content |= {"run": self.run, "history": asdict(history), "best": best}
-            _save(content | {"random": _random_states(self.generator)}, self.path)
+            content["random"] = {
+                "python": random.getstate(),
+                "numpy": np.random.get_state(),
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all(),  # of each GPU
+                "loader": self.generator.get_state(),
+            }
+            _save(content, self.path)
             self.is_written = True
         except Exception as error:  # a full disk; a scheduler that holds what no file takes
             what = f"checkpoint not written ({error}); training continues"
@@ -1184,11 +1189,11 @@ class _Checkpoint:
     def load(self):
         """Restore all that `save` wrote; return the history and the best weights."""
         content = _load(self.path)
-        if "fingerprint" in content:
-            what = "of version 2, which cannot be continued: delete it to train anew"
-            raise ValueError(f"{self.path}: {what}; load_model takes its best weights")
         if "run" not in content:
-            raise ValueError(f"{self.path}: not a checkpoint of start_cnn")
+            what = (
+                "not a checkpoint, or one of version 2: delete it, or name another, to train anew"
+            )
+            raise ValueError(f"{self.path}: {what}")
         for name, value in self.run.items():
             before = content["run"].get(name)
             if before != value:
@@ -1196,31 +1201,17 @@ class _Checkpoint:
         for name, part in self.parts.items():
             if content[name]:  # a scaler that is not used has no state
                 part.load_state_dict(content[name])
-        _restore_random_states(content["random"], self.generator)
+        states = content["random"]
+        random.setstate(states["python"])
+        np.random.set_state(states["numpy"])
+        torch.set_rng_state(states["torch"])
+        torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
+        self.generator.set_state(states["loader"])
         self.is_written = True
-        history = content["history"]
-        for phase in ("train", "test"):
-            history[phase] = [EpochResult(**result) for result in history[phase]]
-        return History(**history), content["best"]
-
-
-def _random_states(generator):
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),  # of each GPU
-        "loader": None if generator is None else generator.get_state(),
-    }
-
-
-def _restore_random_states(states, generator):
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
-    if generator is not None and states["loader"] is not None:
-        generator.set_state(states["loader"])
+        history = History(**content["history"])
+        history.train = [EpochResult(**result) for result in history.train]
+        history.test = [EpochResult(**result) for result in history.test]
+        return history, content["best"]
 
 
 def save_model(model: nn.Module, path: _PathLike) -> None:
@@ -1242,12 +1233,12 @@ def load_model(model: nn.Module, path: _PathLike, device: _Device | None = None)
     found = {_plain_name(name): value for name, value in weights.items()}
     if "n_averaged" not in own:
         found.pop("n_averaged", None)  # how many models torch's `AveragedModel` has averaged
-    for name in [*own, *found]:
+    for name in own | found:
         in_file, in_model = (_shape_of(each.get(name)) for each in (found, own))
-        if in_file != in_model or name not in own or name not in found:
+        if in_file != in_model:
             what = f"{name}: {in_file} in the file, {in_model} in the model"
             raise ValueError(f"{path}: not the weights of this {type(model).__name__} ({what})")
-        if isinstance(found[name], Tensor) and found[name].isnan().any():
+        if isinstance(found.get(name), Tensor) and found[name].isnan().any():
             raise ValueError(f"{path}: the weights are damaged ({name} has NaN)")
     model.load_state_dict({name: found[_plain_name(name)] for name in model.state_dict()})
     return model if device is None else model.to(device)
@@ -1273,15 +1264,13 @@ def _save(content, path):
 
 def _load(path):
     """Return the dict that `_save` wrote, its tensors on the CPU."""
-    content = io.BytesIO(_existing(path).read_bytes())
-    try:
-        content = _load_safely(content)
-    except Exception:  # a file of another kind can fail in any way
-        content = None
-    if not isinstance(content, dict):
-        what = "of another kind, cut off, or with code, which is never run"
-        raise ValueError(f"{path}: not a file of weights, but {what}")
-    return content
+    file = io.BytesIO(_existing(path).read_bytes())
+    with suppress(Exception):  # a file of another kind can fail in any way
+        content = _load_safely(file)
+        if isinstance(content, dict):
+            return content
+    what = "but of another kind, cut off, or with code, which is never run"
+    raise ValueError(f"{path}: not a file of weights, {what}")
 
 
 def _load_safely(file):
@@ -1363,7 +1352,7 @@ class _ArrayDataset(Dataset):
 
 def to_normalize(mean: Sequence[float], std: Sequence[float]) -> transforms.Normalize:
     """Return torchvision's `Normalize`: (pixel − mean) / std by channel."""
-    return transforms.Normalize(mean=mean, std=std)
+    return transforms.Normalize(mean, std)
 
 
 def to_tensor() -> transforms.ToTensor:
@@ -1378,7 +1367,7 @@ def to_pil() -> transforms.ToPILImage:
 
 def compose_transform(*args: Callable) -> transforms.Compose:
     """Return torchvision's `Compose`: the transforms, applied from left to right."""
-    return transforms.Compose(list(args))
+    return transforms.Compose(args)
 
 
 def get_cifar10_dataset(
@@ -1394,7 +1383,7 @@ def get_cifar10_dataset(
     torchvision's `cifar-10-batches-py` or its archive, or 32×32 images, PNG or JPEG, in
     `train/<class>/` and `test/<class>/`; otherwise the archive is downloaded into it.
 
-    Raises FileNotFoundError if there is nothing and `download` is false, ConnectionError if no
+    Raises FileNotFoundError if it is not there and no download is wanted, ConnectionError if no
     source delivers, ValueError for a file or folder that is not as it should be.
     """
     _check_normalization(mean, std)
@@ -1402,19 +1391,19 @@ def get_cifar10_dataset(
     if root.name == _BATCHES and root.is_dir():
         root = root.parent
     is_published = (root / _BATCHES).exists() or (root / _ARCHIVE).exists()
-    if not is_published and ((root / "train").is_dir() or (root / "test").is_dir()):
-        parts = [_read_image_folders(root / split) for split in ("train", "test")]
+    folders = root / "train", root / "test"
+    if not is_published and any(folder.is_dir() for folder in folders):
+        parts = [_read_image_folders(folder) for folder in folders]
     else:
-        misplaced = [*root.glob(f"*/{_BATCHES}"), *root.glob("*/train/airplane")]
-        misplaced += root.glob("airplane")  # a level too high or too deep: no download is wanted
+        # a level too high or too deep: no download is wanted
+        misplaced = [*root.glob(f"*/{_BATCHES}"), *root.glob("*/train/cat"), *root.glob("cat")]
         if misplaced and not is_published:
-            what = f"{misplaced[0]} is not at the level where it is looked for"
-            raise ValueError(f"{root}: {what}; {_EXPECTED}")
+            raise ValueError(f"{root}: no CIFAR-10 here, but {misplaced[0]}; {_EXPECTED}")
         if not download and not is_published:
             raise FileNotFoundError(f"{root}: no CIFAR-10 here; {_EXPECTED}")
         download_cifar10(root)
         published = [datasets.CIFAR10(root, is_train) for is_train in (True, False)]
-        parts = [(np.ascontiguousarray(part.data), part.targets) for part in published]
+        parts = [(part.data, part.targets) for part in published]
     return tuple(_ArrayDataset(*part, CIFAR10_CLASSES, mean, std) for part in parts)
 
 
@@ -1438,7 +1427,7 @@ def _read_image_folders(folder):
         if picture.size != (32, 32):
             raise ValueError(f"{path}: {picture.width}×{picture.height} pixels, not 32×32")
         images.append(np.asarray(picture))
-    return np.stack(images), [CIFAR10_CLASSES.index(path.parent.name) for path in paths]
+    return images, [CIFAR10_CLASSES.index(path.parent.name) for path in paths]
 
 
 def _image_files(folder, pattern):
@@ -1546,12 +1535,9 @@ def download_cifar10(
     if not folder.exists():
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root) as temporary:  # fails now if it is read-only
-            if not archive.exists():
-                content = _fetch_from_any(mirrors, root)
-            else:
-                content = archive.read_bytes()
-                if _md5(content) != _ARCHIVE_MD5:
-                    raise ValueError(f"{archive}: damaged; to download it, remove it")
+            content = archive.read_bytes() if archive.exists() else _fetch_any(mirrors, root)
+            if _md5(content) != _ARCHIVE_MD5:
+                raise ValueError(f"{archive}: damaged; to download it, remove it")
             with tarfile.open(fileobj=io.BytesIO(content)) as tar:
                 tar.extractall(temporary, filter="data")
             with suppress(OSError):  # another process may have been faster
@@ -1567,26 +1553,25 @@ def _md5(content):
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def _fetch_from_any(mirrors, root):
+def _fetch_any(mirrors, root):
     """Return the archive's bytes from the first source that delivers it."""
-    queue = deque((url, _LEAST_SPEED) for url in mirrors)
+    queue = [(url, _LEAST_SPEED) for url in mirrors]
     reasons = {}
-    while queue:
-        url, least_speed = queue.popleft()
+    for url, least_speed in queue:
         print(f"Downloading CIFAR-10 ({_ARCHIVE_SIZE / 1e6:.0f} MB) from {url}", flush=True)
         try:
             return _fetch(url, least_speed)
         except (OSError, HTTPException) as error:
-            reasons[url] = error
+            reasons[url] = str(error)
             if isinstance(error, TimeoutError) and least_speed:
                 queue.append((url, 0))  # what stalls or crawls is better than nothing
-    lines = ["CIFAR-10 could not be downloaded:"]
-    lines += [f"  {url}: {reason}" for url, reason in reasons.items()]
-    common = set(map(str, reasons.values()))
-    if len(common) == 1 and len(reasons) > 1:
-        lines = [f"CIFAR-10 could not be downloaded: no network? {common.pop()}", *reasons]
-    lines.append(f"Way out: put {_ARCHIVE}, fetched by hand, into {root.resolve()}")
-    raise ConnectionError("\n".join(lines))
+    problem = "CIFAR-10 could not be downloaded"
+    sources = [f"{url}: {reason}" for url, reason in reasons.items()]
+    if len(sources) > 1 and len(set(reasons.values())) == 1:
+        problem += f": no network? {reasons[url]}"
+        sources = list(reasons)
+    way_out = f"Way out: put {_ARCHIVE}, fetched by hand, into {root.resolve()}"
+    raise ConnectionError("\n".join([problem, *sources, way_out]))
 
 
 def _fetch(url, least_speed):
@@ -1595,11 +1580,10 @@ def _fetch(url, least_speed):
     content = bytearray()
     bar = _make_bar(total=_ARCHIVE_SIZE, unit="B", unit_scale=True)
     with bar, urllib.request.urlopen(request, timeout=_STALL) as reply:
-        chunk = b"?"
         began = time.perf_counter()
         size_then = 0
-        while chunk and len(content) <= _ARCHIVE_SIZE:
-            chunk = reply.read1(1 << 16)  # what has come; `read` would wait, and hide crawling
+        # `read1` gives what has come; `read` would wait, and hide crawling
+        for chunk in iter(functools.partial(reply.read1, 1 << 16), b""):
             content += chunk
             bar.update(len(chunk))
             seconds = time.perf_counter() - began
@@ -1634,15 +1618,15 @@ def receptive_field(model: nn.Module, input_size: Sequence[int] = (3, 32, 32)) -
     warning. See https://distill.pub/2019/computing-receptive-fields.
     """
     tracer, output = _run_copy(_trace, model, input_size)
-    outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-    views = [leaf.seen for leaf in outputs if hasattr(leaf, "seen")]
-    if len(views) < len(outputs):
+    views = [getattr(leaf, "seen", None) for leaf in tree_leaves(output) if torch.is_tensor(leaf)]
+    followed = [seen for seen in views if seen is not None]
+    if len(followed) < len(views):
         tracer.lost.append("the output")
     if tracer.lost:
         names = ", ".join(list(dict.fromkeys(tracer.lost))[:6])
         warnings.warn(f"receptive field: cannot follow {names}, and leaves it out", stacklevel=2)
-    if tracer.rows and views:
-        largest = max(views, key=lambda seen: seen[0].tolist())
+    if tracer.rows and followed:
+        largest = max(followed, key=lambda seen: seen[0].tolist())
         if (largest[0] != tracer.field).any():  # another branch ran last
             tracer.add_row("output", 1, 1, 1, largest)
     return tracer.rows
@@ -1650,18 +1634,15 @@ def receptive_field(model: nn.Module, input_size: Sequence[int] = (3, 32, 32)) -
 
 def _trace(model, input_size):
     """Return a tracer of a pass of zeros through `model`, and the output."""
-    tracer = _ViewTracer(model)
-    images = torch.zeros(1, *input_size, requires_grad=torch.is_grad_enabled()).clone()
+    images = torch.zeros(1, *input_size)
     images.seen = np.array([(1, 1), (1, 1), images.shape[2:]])
-    with tracer:
+    with _ViewTracer(model) as tracer:
         return tracer, model(images)
 
 
-_MAX_POOL = ("input", "kernel_size", "stride", "padding", "dilation")
 _WINDOWED = {  # what slides a window, and its arguments in order
     "conv2d": ("input", "weight", "bias", "stride", "padding", "dilation"),
-    "max_pool2d": _MAX_POOL,
-    "max_pool2d_with_indices": _MAX_POOL,
+    "max_pool2d": ("input", "kernel_size", "stride", "padding", "dilation"),
     "avg_pool2d": ("input", "kernel_size", "stride"),
 }
 _POOLING = "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "sum", "amax", "amin"
@@ -1694,11 +1675,9 @@ class _ViewTracer(TorchFunctionMode):
         kwargs = kwargs or {}
         output = function(*args, **kwargs)
         name = function.__name__
-        if name.startswith("new_") or name.endswith("_like"):  # only the form of what is given
-            return output
         seen = [leaf.seen for leaf in tree_leaves((args, kwargs)) if hasattr(leaf, "seen")]
-        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        if seen and outputs:
+        outputs = [leaf for leaf in tree_leaves(output) if torch.is_tensor(leaf)]
+        if seen and outputs and not name.startswith("new_"):  # `new_zeros` takes only the dtype
             now = self.step(name, args, kwargs, np.stack(seen), outputs[0])
             for tensor in outputs:
                 tensor.seen = now
@@ -1726,22 +1705,21 @@ class _ViewTracer(TorchFunctionMode):
 
     def add_row(self, layer, kernel, stride, dilation, seen):
         self.field, jump, size = seen
-        names = "kernel_size", "stride", "dilation", "output_size", "jump", "receptive_field"
-        pairs = np.broadcast_arrays(kernel, stride, dilation, size, jump, self.field)
-        sides = [
-            height if height == width else (height, width)
-            for height, width in np.array(pairs).tolist()
-        ]
-        self.rows.append({"layer": layer, **dict(zip(names, sides, strict=True))})
+        row = {"kernel_size": kernel, "stride": stride, "dilation": dilation}
+        row |= {"output_size": size, "jump": jump, "receptive_field": self.field}
+        for name, sides in row.items():
+            height, width = np.broadcast_to(sides, 2).tolist()
+            row[name] = height if height == width else (height, width)
+        self.rows.append({"layer": layer, **row})
 
 
 def _window(name, args, kwargs):
     """Return kernel, stride and dilation, each (height, width), of a call of `name`."""
     given = dict(zip(_WINDOWED[name], args, strict=False)) | kwargs
-    is_convolution = name == "conv2d"
-    kernel = given["weight"].shape[2:] if is_convolution else given["kernel_size"]
-    stride = given.get("stride") or (1 if is_convolution else kernel)
-    sides = kernel, stride, given.get("dilation", 1)
+    kernel, stride = given.get("kernel_size"), given.get("stride")
+    if name == "conv2d":
+        kernel, stride = given["weight"].shape[2:], stride or 1
+    sides = kernel, stride or kernel, given.get("dilation", 1)
     return [np.broadcast_to(np.array(side), 2) for side in sides]
 
 
@@ -1754,11 +1732,8 @@ def model_summary(
     all is computed on a copy on the CPU, whatever the `device` that older notebooks pass.
     """
     rows = receptive_field(model, input_size)
-    table = io.StringIO()
     try:
-        with redirect_stdout(table):
-            _run_copy(torchsummary.summary, model, tuple(input_size), -1, "cpu")
-        print(table.getvalue(), end="")
+        _run_copy(torchsummary.summary, model, tuple(input_size), -1, "cpu")
     except Exception:  # it knows only layers that return one tensor
         print("torchsummary has no table for this model")
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -1781,8 +1756,7 @@ def _run_copy(function, model, *args):
             with torch.no_grad():
                 return function(model, *args)
         except RuntimeError:  # a hook on the gradient of an activation, as Grad-CAM has
-            with torch.enable_grad():
-                return function(model, *args)
+            return function(model, *args)
 
 
 # --- Plots ---
@@ -1889,8 +1863,8 @@ def plot_confusion_matrix(
     axis = figure.add_subplot()
     axis.grid(False)  # some styles have one
     axis.imshow(np.sqrt(counts), cmap="Blues")  # the root, or only the diagonal would be seen
-    size = 8 if len(classes) <= 12 else 5
     if len(classes) <= 30:
+        size = min(8, 150 / len(classes))
         for (row, column), count in np.ndenumerate(counts):
             colour = "white" if count > counts.max() / 4 else "black"
             axis.text(column, row, count, ha="center", va="center", size=size, color=colour)
@@ -1939,9 +1913,10 @@ def _parse(arguments):
     add("--model", choices=[*MODELS, "all"], help="default: dilated-depthwise")
     add("--epochs", type=int, help="default: 1")
     add("--target", type=float, help="percent to stop at (default: 80, none with --epochs)")
-    add("--data", type=Path, help="folder of CIFAR-10 (default: ./data, downloaded)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--data", type=Path, help="folder of CIFAR-10 (default: ./data)")
+    source.add_argument("--synthetic", action="store_true", help="use drawn pictures instead")
     add("--download", action="store_true", help="download CIFAR-10 into --data if need be")
-    add("--synthetic", action="store_true", help="train on drawn pictures instead")
     add("--batch-size", type=int, default=_BATCH_SIZE, help=f"default: {_BATCH_SIZE}")
     add("--lr", type=float, help="default: what suits the batch size")
     precisions = ["float32", "bfloat16", "float16"]
@@ -1968,14 +1943,10 @@ def _parse(arguments):
         if value is not None and not lowest <= value <= highest:
             option = name.replace("_", "-")
             parser.error(f"--{option} {value}: from {lowest:g} to {highest:g} is needed")
-    if options.synthetic and (options.data or options.download):
-        parser.error("--synthetic reads no --data and downloads nothing")
     if options.resume and not options.checkpoint:
         parser.error("--resume needs --checkpoint")
     if bool(options.predict) != bool(options.load):
         parser.error("--predict and --load need each other")
-    if options.predict and (options.checkpoint or options.save or options.figures):
-        parser.error("--predict writes no files")
     curves = options.figures and options.figures / "curves.png"
     for path in filter(None, (options.checkpoint, options.save, curves)):
         parent = next(parent for parent in path.absolute().parents if parent.exists())
@@ -2024,9 +1995,8 @@ def _print_warning(message, *_):
 def _predict_files(options):
     """Print the likeliest classes of each picture; return the exit status."""
     model = _load_fitting_model(options)
-    settings = {"precision": options.precision}
-    if options.synthetic:
-        settings["classes"] = list(_SHAPES)
+    classes = list(_SHAPES) if options.synthetic else CIFAR10_CLASSES
+    settings = {"classes": classes, "precision": options.precision}
     status = 0
     for pattern in options.predict:
         for path in sorted(glob.glob(pattern)) or [pattern]:  # Windows leaves patterns to us

@@ -206,7 +206,6 @@ def test_an_interrupt_before_training_is_no_traceback(run, monkeypatch):
         ("--device cuda:99", "--device cuda:99"),
         ("--data nowhere", "nowhere"),
         ("--data . --synthetic", "--synthetic"),
-        ("--download --synthetic", "--synthetic"),
         ("--save .", "cannot be written"),
         ("--checkpoint torn.pt/run.pt", "cannot be written"),
         ("--figures torn.pt", "cannot be written"),
