@@ -26,11 +26,9 @@ class Noisy(velasoka.DilatedDepthwiseModel):
         return super().forward(images * (1 + noise))
 
 
-LOADERS = {
-    "shuffled": lambda dataset: DataLoader(dataset, 32, shuffle=True),
-    "with a generator": lambda dataset: DataLoader(
-        dataset, 32, shuffle=True, generator=torch.Generator().manual_seed(2)
-    ),
+LOADERS = {  # and the options of each
+    "shuffled": dict,
+    "with a generator": lambda: {"generator": torch.Generator().manual_seed(2)},
 }
 SCHEDULERS = {
     "StepLR": lambda optimizer: StepLR(optimizer, 1, 0.5),
@@ -48,7 +46,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(kind, pictures, 
         optimizer = velasoka.get_muon_optimizer(model, rate)
         loaders = velasoka.get_cifar10_data_loader(pictures, 32, device=device)
         if kind in LOADERS:
-            loaders = LOADERS[kind](pictures[0]), loaders[1]
+            loaders = DataLoader(pictures[0], 32, shuffle=True, **LOADERS[kind]()), loaders[1]
         if kind in SCHEDULERS:
             options["scheduler"] = SCHEDULERS[kind](optimizer)
         loaders = interrupted_at(error_at, *loaders)

@@ -84,21 +84,12 @@ def test_without_cifar_10_it_says_why_and_that_every_line_is_of_drawn_pictures(r
     assert names("figures/*") == {f"{kind}-synthetic.png" for kind in kinds}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ("--download", "no network?"),
-        ("--data new --download", "no network?"),
-        ("--data .", "cifar-10"),
-        ("--data file --download", "file"),
-    ],
-)
-def test_data_that_was_asked_for_is_never_replaced(arguments, said, run, no_network):
-    Path("file").touch()
+@pytest.mark.parametrize("arguments", ["--download", "--data new --download"])
+def test_data_that_was_asked_for_is_never_replaced(arguments, run, no_network):
     status, printed, errors = run(arguments)
     assert status == 2
     assert "EPOCH" not in printed
-    assert said in errors
+    assert "no network?" in errors
 
 
 # --- Files and options ---
@@ -197,6 +188,8 @@ def test_an_interrupt_keeps_the_checkpoint_to_resume_from(run, monkeypatch):
         ("--device gpu", "--device gpu"),
         ("--device cuda:99", "--device cuda:99"),
         ("--data nowhere", "nowhere"),
+        ("--data .", "cifar-10"),
+        ("--data torn.pt --download", "torn.pt"),
         ("--data . --synthetic", "--synthetic"),
         ("--save .", "cannot be written"),
         ("--checkpoint torn.pt/run.pt", "cannot be written"),

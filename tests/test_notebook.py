@@ -92,7 +92,6 @@ def test_runs_as_in_colab_with_nothing_but_itself_and_resumes(notebook, served, 
     train, test = velasoka.get_synthetic_dataset(1000, 100)
     save_images(folder / "data" / "train", train.data, train.targets)
     save_images(folder / "data" / "test", test.data, test.targets)
-    # a picture that is neither square nor RGB
     Image.effect_mandelbrot((90, 60), (-3, -2.5, 2, 2.5), 100).save(folder / "own.png")
 
     settings = {"EPOCHS": 1, "USE_DRIVE": True, "HOME": served.url, "IMAGE": "own.png"}

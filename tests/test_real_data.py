@@ -8,12 +8,10 @@ from torch.utils.data import Subset
 import velasoka
 
 ROOT = os.environ.get("CIFAR10_ROOT")
-pytestmark = [
-    pytest.mark.real_data,
-    pytest.mark.skipif(not ROOT, reason="CIFAR10_ROOT names no folder of real images"),
-]
 
 
+@pytest.mark.real_data
+@pytest.mark.skipif(not ROOT, reason="CIFAR10_ROOT names no folder of real images")
 def test_one_pass_over_half_of_the_images_teaches_the_smallest_model(device):
     """2.3 gave 76.8 to 77.3% (four seeds, JPEG). `benchmarks.accuracy` measures all images."""
     velasoka.seed_everything()

@@ -14,8 +14,7 @@ resuming another run              one line: what differs                 the che
 a checkpoint of something else    one line naming the file               the file; no code runs
 weights that are not finite       one line naming file and tensor        the model's own weights
 
-The last checkpoint is kept in every row. The rows on overflows and memory are tested in
-test_training.py, those from the seventh on in test_checkpoints.py and test_keeping.py.
+Rows without a test here are in test_training.py, test_checkpoints.py and test_keeping.py.
 """
 
 import multiprocessing
@@ -91,12 +90,12 @@ def test_a_message_that_the_stream_cannot_carry_ends_no_run(monkeypatch, capsys)
 
 
 def small_run(**options):
-    """A run of a tiny model on the CPU; its history, model and test loader."""
+    """A run of a tiny model on the CPU; its history and model."""
     velasoka.seed_everything(4)
     pair = velasoka.get_synthetic_dataset(40, 20)
     loaders = velasoka.get_cifar10_data_loader(pair, 20, device="cpu")
     model = velasoka.SimpleModel(fm_size=2)
-    return train(model, loaders, "cpu", **options), model, loaders[1]
+    return train(model, loaders, "cpu", **options), model
 
 
 def run_until_killed():
@@ -121,7 +120,7 @@ def test_killed_while_it_writes_a_checkpoint_resume_ends_as_if_nothing_had_happe
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    resumed, model, _ = small_run(**KEEP, resume=True)
+    resumed, model = small_run(**KEEP, resume=True)
     assert (resumed.status, len(resumed.test)) == ("completed", 2)
     assert torch.equal(weights_of(model), weights_of(small_run()[1]))
 
