@@ -1775,10 +1775,11 @@ def show_images(
         images = images.movedim(1, -1) * torch.tensor(std) + torch.tensor(mean)
         images = images.clamp(0, 1)
     rows = math.ceil(len(images) / columns)
-    figure = _new_figure(1.3 * columns, 1.6 * rows)
-    for index, (image, label) in enumerate(zip(images.numpy(), labels, strict=True)):
-        axis = figure.add_subplot(rows, columns, index + 1)
+    figure = _new_figure(1.3 * columns, 1.7 * rows)
+    for axis in figure.subplots(rows, columns, squeeze=False).flat:
         axis.axis("off")
+    pairs = zip(images.numpy(), labels, strict=True)
+    for axis, (image, label) in zip(figure.axes, pairs, strict=False):
         axis.imshow(image, cmap="gray")  # the map is for one channel only
         axis.set_title(classes[int(label)], fontsize=8)
     return figure
