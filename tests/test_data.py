@@ -48,13 +48,8 @@ def test_a_mean_or_std_that_does_not_fit_is_refused_before_any_work(mean, std, t
 
 
 def test_folders_and_files_that_a_system_leaves_are_no_classes(image_folders):
-    for folder in (
-        "train/@eaDir/0000.png",
-        "train/.ipynb_checkpoints",
-        "test/__MACOSX/cat",
-        "train/cat",
-    ):
-        (image_folders / folder).mkdir(parents=True, exist_ok=True)
+    for folder in ("train/@eaDir/0000.png", "train/.ipynb_checkpoints", "test/__MACOSX/cat"):
+        (image_folders / folder).mkdir(parents=True)
     (image_folders / "train/cat/Thumbs.db").write_bytes(b"")
     (image_folders / "train/cat/._0000.png").write_bytes(b"Mac OS X")
     (image_folders / "train/.ipynb_checkpoints/0000-checkpoint.png").write_bytes(b"no picture")
