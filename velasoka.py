@@ -269,9 +269,8 @@ class DilatedModel(SimpleModel):
         super().__init__(fm_size, num_classes=num_classes)
         width = 4 * fm_size
         dilated = _conv_norm_relu(width, width, 3, dilation=2)
-        self.c3 = _block(
-            *dilated, *_conv_norm_relu(width, 2 * width, 2)
-        )  # 256×4×4, receptive field 40
+        # 256×4×4, receptive field 40
+        self.c3 = _block(*dilated, *_conv_norm_relu(width, 2 * width, 2))
 
 
 class DilatedDepthwiseModel(DilatedModel):
@@ -1572,10 +1571,11 @@ def _fetch(url, least_speed):
     content = bytearray()
     bar = _make_bar(total=_ARCHIVE_SIZE, unit="B", unit_scale=True)
     with bar, urllib.request.urlopen(request, timeout=_STALL) as reply:
+        chunk = b"?"
         began = time.perf_counter()
         size_then = 0
-        # `read1` gives what has come; `read` would wait, and hide crawling
-        for chunk in iter(functools.partial(reply.read1, 1 << 16), b""):
+        while chunk and len(content) <= _ARCHIVE_SIZE:
+            chunk = reply.read1(1 << 16)  # what has come; `read` would wait, and hide crawling
             content += chunk
             bar.update(len(chunk))
             seconds = time.perf_counter() - began
@@ -1626,7 +1626,7 @@ def receptive_field(model: nn.Module, input_size: Sequence[int] = (3, 32, 32)) -
 
 def _trace(model, input_size):
     """Return a tracer of a pass of zeros through `model`, and the output."""
-    images = torch.zeros(1, *input_size)
+    images = torch.zeros(1, *input_size, requires_grad=torch.is_grad_enabled()).clone()
     images.seen = np.array([(1, 1), (1, 1), images.shape[2:]])
     with _ViewTracer(model) as tracer:
         return tracer, model(images)
@@ -1635,6 +1635,7 @@ def _trace(model, input_size):
 _WINDOWED = {  # what slides a window, and its arguments in order
     "conv2d": ("input", "weight", "bias", "stride", "padding", "dilation"),
     "max_pool2d": ("input", "kernel_size", "stride", "padding", "dilation"),
+    "max_pool2d_with_indices": ("input", "kernel_size", "stride", "padding", "dilation"),
     "avg_pool2d": ("input", "kernel_size", "stride"),
 }
 _POOLING = "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "sum", "amax", "amin"
@@ -1748,7 +1749,8 @@ def _run_copy(function, model, *args):
             with torch.no_grad():
                 return function(model, *args)
         except RuntimeError:  # a hook on the gradient of an activation, as Grad-CAM has
-            return function(model, *args)
+            with torch.enable_grad():
+                return function(model, *args)
 
 
 # --- Plots ---
@@ -1798,6 +1800,9 @@ def show_misclassified(
 
     `images`, `labels` and `options` as for `show_images`; `logits` N×classes as from `predict`.
     """
+    if not len(images) == len(labels) == len(logits):
+        counts = f"{len(images)} images, {len(labels)} labels, {len(logits)} logits"
+        raise ValueError(f"{counts}: as many of each are needed")
     labels = torch.as_tensor(labels).cpu()
     confidences, predictions = logits.cpu().softmax(1).max(1)
     wrong = (predictions != labels).nonzero()[:, 0]
@@ -1906,9 +1911,8 @@ def _parse(arguments):
     add("--model", choices=[*MODELS, "all"], help="default: dilated-depthwise")
     add("--epochs", type=int, help="default: 1")
     add("--target", type=float, help="percent to stop at (default: 80, none with --epochs)")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data", type=Path, help="folder of CIFAR-10 (default: ./data)")
-    source.add_argument("--synthetic", action="store_true", help="use drawn pictures instead")
+    add("--data", type=Path, help="folder of CIFAR-10 (default: ./data)")
+    add("--synthetic", action="store_true", help="use drawn pictures instead")
     add("--download", action="store_true", help="download CIFAR-10 into --data if need be")
     add("--batch-size", type=int, default=_BATCH_SIZE, help=f"default: {_BATCH_SIZE}")
     add("--lr", type=float, help="default: what suits the batch size")
@@ -1936,10 +1940,14 @@ def _parse(arguments):
         if value is not None and not lowest <= value <= highest:
             option = name.replace("_", "-")
             parser.error(f"--{option} {value}: from {lowest:g} to {highest:g} is needed")
+    if options.synthetic and (options.data or options.download):
+        parser.error("--synthetic reads no --data and downloads nothing")
     if options.resume and not options.checkpoint:
         parser.error("--resume needs --checkpoint")
     if bool(options.predict) != bool(options.load):
         parser.error("--predict and --load need each other")
+    if options.predict and (options.checkpoint or options.save or options.figures):
+        parser.error("--predict writes no files")
     curves = options.figures and options.figures / "curves.png"
     for path in filter(None, (options.checkpoint, options.save, curves)):
         parent = next(parent for parent in path.absolute().parents if parent.exists())

@@ -50,10 +50,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(kind, pictures, 
         if kind in SCHEDULERS:
             options["scheduler"] = SCHEDULERS[kind](optimizer)
         loaders = interrupted_at(error_at, *loaders)
-        loss_fn = velasoka.get_ce_loss()
-        options |= QUIET
-        history = velasoka.start_cnn(model, optimizer, loss_fn, loaders, device, 3, **options)
-        return history, weights_of(model)
+        parts = model, optimizer, velasoka.get_ce_loss(), loaders, device
+        return velasoka.start_cnn(*parts, 3, **QUIET | options), weights_of(model)
 
     whole, weights = run()
     assert run(error_at=16, **KEEP)[0].status == "interrupted"

@@ -191,6 +191,7 @@ def test_an_interrupt_keeps_the_checkpoint_to_resume_from(run, monkeypatch):
         ("--data .", "cifar-10"),
         ("--data torn.pt --download", "torn.pt"),
         ("--data . --synthetic", "--synthetic"),
+        ("--download --synthetic", "--synthetic"),
         ("--save .", "cannot be written"),
         ("--checkpoint torn.pt/run.pt", "cannot be written"),
         ("--figures torn.pt", "cannot be written"),

@@ -1,6 +1,7 @@
 """Files of weights."""
 
 import copy
+import functools
 import os
 import pickle
 import warnings
@@ -87,8 +88,7 @@ def test_what_are_no_weights_of_this_model_is_refused_in_one_line(content, said,
     assert torch.equal(weights_of(model), weights_of(before))
 
 
-def compiled(model):
-    return torch.compile(model, backend="eager")
+compiled = functools.partial(torch.compile, backend="eager")
 
 
 @pytest.mark.parametrize(

@@ -119,9 +119,8 @@ class Stop(Exception):  # noqa: N818
 def test_stopping_a_model_in_run_all_stops_the_run_in_one_line(notebook, pictures, monkeypatch):
     interrupted = velasoka.History(status="interrupted")
     monkeypatch.setattr(velasoka, "start_cnn", lambda *_, **__: interrupted)
-    settings = {"USE_DRIVE": False, "DRAWN_PICTURES": True, "EPOCHS": 3, "device": "cpu"}
-    values = settings | {"velasoka": velasoka, "Stop": Stop}
-    values["train"], values["test"] = pictures
+    values = {"velasoka": velasoka, "Stop": Stop, "train": pictures[0], "test": pictures[1]}
+    values |= {"USE_DRIVE": False, "DRAWN_PICTURES": True, "EPOCHS": 3, "device": "cpu"}
     cells = only(with_settings(notebook), "train|train-simple")
     with pytest.raises(Stop, match="to restart simple, run this cell again"):
         for cell in cells.values():

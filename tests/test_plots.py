@@ -58,6 +58,8 @@ def test_show_misclassified_shows_the_surest_mistakes_first(pictures):
     figure = velasoka.show_misclassified(images, labels, logits, names)
     shown = [title.partition(" (")[0] for title in titles(figure)]
     assert shown == [f"{names[5]}, taken for\n{names[1]}", f"{names[3]}, taken for\n{names[0]}"]
+    with pytest.raises(ValueError, match="70 images, 70 labels, 3 logits"):
+        velasoka.show_misclassified(images, labels, logits[:3], names)
 
 
 def test_plot_history_draws_accuracy_and_loss_of_one_run_or_several():
