@@ -1226,10 +1226,10 @@ def load_model(model: nn.Module, path: _PathLike, device: _Device | None = None)
         found.pop("n_averaged", None)  # how many models torch's `AveragedModel` has averaged
     for name in own | found:
         in_file, in_model = (_shape_of(each.get(name)) for each in (found, own))
-        if in_file != in_model:
+        if in_file != in_model or name not in own or name not in found:
             what = f"{name}: {in_file} in the file, {in_model} in the model"
             raise ValueError(f"{path}: not the weights of this {type(model).__name__} ({what})")
-        if isinstance(found.get(name), Tensor) and found[name].isnan().any():
+        if isinstance(found[name], Tensor) and found[name].isnan().any():
             raise ValueError(f"{path}: the weights are damaged ({name} has NaN)")
     model.load_state_dict({name: found[_plain_name(name)] for name in model.state_dict()})
     return model if device is None else model.to(device)
@@ -1526,9 +1526,12 @@ def download_cifar10(
     if not folder.exists():
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root) as temporary:  # fails now if it is read-only
-            content = archive.read_bytes() if archive.exists() else _fetch_any(mirrors, root)
-            if _md5(content) != _ARCHIVE_MD5:
-                raise ValueError(f"{archive}: damaged; to download it, remove it")
+            if archive.exists():
+                content = archive.read_bytes()
+                if _md5(content) != _ARCHIVE_MD5:
+                    raise ValueError(f"{archive}: damaged; to download it, remove it")
+            else:
+                content = _fetch_any(mirrors, root)
             with tarfile.open(fileobj=io.BytesIO(content)) as tar:
                 tar.extractall(temporary, filter="data")
             with suppress(OSError):  # another process may have been faster
@@ -1548,7 +1551,8 @@ def _fetch_any(mirrors, root):
     """Return the archive's bytes from the first source that delivers it."""
     queue = [(url, _LEAST_SPEED) for url in mirrors]
     reasons = {}
-    for url, least_speed in queue:
+    while queue:
+        url, least_speed = queue.pop(0)
         print(f"Downloading CIFAR-10 ({_ARCHIVE_SIZE / 1e6:.0f} MB) from {url}", flush=True)
         try:
             return _fetch(url, least_speed)
@@ -1558,8 +1562,9 @@ def _fetch_any(mirrors, root):
                 queue.append((url, 0))  # what stalls or crawls is better than nothing
     problem = "CIFAR-10 could not be downloaded"
     sources = [f"{url}: {reason}" for url, reason in reasons.items()]
-    if len(sources) > 1 and len(set(reasons.values())) == 1:
-        problem += f": no network? {reasons[url]}"
+    common = set(reasons.values())
+    if len(sources) > 1 and len(common) == 1:
+        problem += f": no network? {common.pop()}"
         sources = list(reasons)
     way_out = f"Way out: put {_ARCHIVE}, fetched by hand, into {root.resolve()}"
     raise ConnectionError("\n".join([problem, *sources, way_out]))
