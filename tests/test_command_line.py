@@ -53,9 +53,6 @@ def names(pattern):
     return {path.name for path in Path().glob(pattern)}
 
 
-# --- Data ---
-
-
 def test_the_default_run_trains_to_80_percent_and_says_so(run, image_folders, monkeypatch):
     (image_folders / "data").mkdir()
     for split in ("train", "test"):
@@ -90,9 +87,6 @@ def test_data_that_was_asked_for_is_never_replaced(arguments, run, no_network):
     assert status == 2
     assert "EPOCH" not in printed
     assert "no network?" in errors
-
-
-# --- Files and options ---
 
 
 def test_all_trains_the_three_whatever_the_backend_and_keeps_each_under_its_own_name():
@@ -214,9 +208,6 @@ def test_what_is_wrong_is_one_line_that_names_it(arguments, named, run, no_netwo
     assert not Path("data").exists()
 
 
-# --- Pictures of one's own ---
-
-
 def test_each_picture_is_classified_by_the_model_that_the_weights_fit(run):
     for name in ("one.png", "two.webp"):
         Image.effect_mandelbrot((90, 60), (-3, -2.5, 2, 2.5), 100).save(name)
@@ -240,9 +231,6 @@ def test_each_picture_is_classified_by_the_model_that_the_weights_fit(run):
     status, _, errors = run(f"{predict} other.pt")
     assert (status, errors.count("\n")) == (2, 1)
     assert all(name in errors for name in velasoka.MODELS)
-
-
-# --- Where the output goes ---
 
 
 def test_a_stream_that_cannot_carry_a_name_shows_it_escaped(run, monkeypatch):

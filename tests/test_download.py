@@ -192,9 +192,6 @@ def test_a_folder_that_cannot_be_written_is_known_before_anything_is_fetched(mir
     assert mirror.asked == []
 
 
-# --- What is there already ---
-
-
 @pytest.mark.parametrize("inside", ["", FOLDER])
 def test_cifar_10_batches_py_is_read_in_its_folder_or_as_the_root_itself(inside, published):
     train, test = velasoka.get_cifar10_dataset(root=published.parent / inside, download=False)

@@ -1,4 +1,4 @@
-"""EVA4_S7.ipynb: what is committed, and that it runs from top to bottom, here and in Colab."""
+"""EVA4_S7.ipynb and README.md: what is committed, and that all of it runs, here and in Colab."""
 
 import functools
 import http.server
@@ -8,17 +8,19 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import nbformat
 import pytest
 import torch
-from conftest import save_images
+from conftest import random_images, save_images
 from PIL import Image
 
 import velasoka
 from benchmarks.notebook import NOTEBOOK, REPOSITORY, digest, execute, pictures
 
 HOME = "https://raw.githubusercontent.com/velasoka-repo/EVA4/master/Session-7"
+README = REPOSITORY / "README.md"
 NOWHERE = "http://127.0.0.1:9"
 
 
@@ -197,9 +199,24 @@ def test_the_committed_cells_are_short_and_open_in_colab_on_a_gpu(notebook):
 
 
 def test_the_readme_shows_its_pictures_and_its_table(notebook):
-    readme = (REPOSITORY / "README.md").read_text()
+    readme = README.read_text()
     rows = re.findall(r"^\| (?:`.*%|(?:two|the same) .*\|$)", notebook.cells[0].source, re.M)
     assert len(rows) == 5 and all(row in readme for row in rows)
     for name, content in pictures(notebook).items():
         assert f"]({HOME}/benchmarks/{name})" in readme
         assert (REPOSITORY / "benchmarks" / name).read_bytes() == content
+
+
+def test_the_examples_in_the_readme_run(monkeypatch):
+    pictures = velasoka.get_synthetic_dataset(100, 40)
+    monkeypatch.setattr(velasoka, "get_cifar10_dataset", lambda: pictures)
+    Image.new("RGB", (90, 60)).save("cat.jpg")
+    for part in ("train", "test"):
+        save_images(Path("pictures", part), random_images(2)[..., 0], [0, 1])  # gray
+    names = {}
+    for example in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL):
+        exec(example, names)  # noqa: S102
+    images, _ = next(iter(names["own_loader"][0]))
+    assert images.shape == (2, 3, 64, 64) and names["own_model"].cpu()(images.cpu()).shape == (2, 2)
+    assert names["history"].status == "completed" and Path("run.pt").exists()
+    assert names["parts"][1].dataset is pictures[0] and len(names["parts"][1]) == 10

@@ -53,6 +53,7 @@ def test_show_misclassified_shows_the_surest_mistakes_first(pictures):
     logits = 10.0 * torch.eye(10)[labels]
     figure = velasoka.show_misclassified(images, np.array(labels), logits, names)
     assert figure.get_suptitle() == "none of the 70 images is misclassified"
+    assert len(figure.axes) == 1  # or Jupyter would not show it
     logits[3] = torch.eye(10)[0] * 2
     logits[5] = torch.eye(10)[1] * 5
     figure = velasoka.show_misclassified(images, labels, logits, names)
@@ -70,9 +71,8 @@ def test_plot_history_draws_accuracy_and_loss_of_one_run_or_several():
         assert list(axis.lines[0].get_xdata()) == [1, 2]
         assert all(tick == round(tick) for tick in axis.get_xticks())
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["test", "train"]
-    both = velasoka.plot_history(
-        {"one": history, "other": velasoka.History(RESULTS[:1], RESULTS[:1])}
-    )
+    other = velasoka.History(RESULTS[:1], RESULTS[:1])
+    both = velasoka.plot_history({"one": history, "other": other})
     labels = {line.get_label() for line in both.axes[0].lines}
     assert labels == {"one test", "one train", "other test", "other train"}
     velasoka.plot_history(velasoka.History()).canvas.draw()  # before the first epoch
@@ -101,8 +101,4 @@ def test_confusion_matrix_of_a_hundred_classes_is_quick_and_without_numbers():
 
 def test_accuracy_by_class_in_percent_is_nan_without_images():
     accuracies = velasoka.per_class_accuracy([0, 0, 0, 1], [0, 0, 1, 1], "abc")
-    assert accuracies == {
-        "a": pytest.approx(200 / 3),
-        "b": 100.0,
-        "c": pytest.approx(math.nan, nan_ok=True),
-    }
+    assert accuracies == pytest.approx({"a": 200 / 3, "b": 100, "c": math.nan}, nan_ok=True)
