@@ -327,6 +327,7 @@ class _DeviceDataset(Dataset):
         self.augment = augment
         self.generator = generator
         self.epoch = None  # unknown
+        self.rows, self.columns = (_shifted_positions(size) for size in self.data.shape[1:3])
 
     def set_epoch(self, epoch):
         """Tell the number of the next epoch; in the first, 0, images are not shifted."""
@@ -355,23 +356,23 @@ class _DeviceDataset(Dataset):
 
     def _draw_positions(self, number):
         """Return which rows, N×H, and columns, N×W, of each image to show where."""
-        shifts = torch.zeros(2, number, dtype=torch.int64)  # down, across
-        flips = torch.zeros(number, dtype=torch.int64)
+        shifts = torch.full((2, number), _MAX_SHIFT)  # down, across: from 0 to 4, 2 for none
+        flips = torch.zeros(number, 1, dtype=torch.int64)
         if self.augment and self.epoch != 0:
-            shifts.random_(-_MAX_SHIFT, _MAX_SHIFT + 1, generator=self.generator)
+            shifts.random_(2 * _MAX_SHIFT + 1, generator=self.generator)
         if self.augment:
             flips.random_(2, generator=self.generator)
-        rows, columns = (
-            _reflect(shift[:, None] + torch.arange(size), size)
-            for shift, size in zip(shifts, self.data.shape[1:3], strict=True)
-        )
-        return rows, torch.where(flips[:, None] == 1, columns.flip(1), columns)
+        rows, columns = self.rows[shifts[0]], self.columns[shifts[1]]
+        return rows, torch.where(flips == 1, columns.flip(1), columns)
 
 
-def _reflect(positions, size):
-    """Mirror positions beyond the border of an image: −1 becomes 1, `size` becomes `size` − 2."""
-    last = size - 1
-    return last - (last - positions.abs()).abs()
+def _shifted_positions(size):
+    """Return a table: line i has the rows, or columns, that an image shifted by i − 2 shows.
+
+    The border is reflected: line 0 is 2, 1, 0, 1, 2, ..., 29 for 32.
+    """
+    padded = np.pad(np.arange(size), _MAX_SHIFT, mode="reflect")
+    return torch.from_numpy(padded).unfold(0, size, 1)
 
 
 # --- Optimiser, schedule, loss ---
