@@ -1739,20 +1739,19 @@ def show_images(
     `images` are uint8 N×H×W×3 or N×H×W, or float N×3×H×W or N×1×H×W normalised with `mean` and
     `std`; `labels` are indices of `classes`.
     """
-    images = torch.stack([torch.as_tensor(image).detach().cpu() for image in images])
-    if images.is_floating_point():
-        if not len(mean) == len(std) == images.shape[1]:
-            raise ValueError(f"{images.shape[1]} channels: mean and std need as many numbers")
-        images = images.movedim(1, -1) * torch.tensor(std) + torch.tensor(mean)
-        images = images.clamp(0, 1)
     rows = math.ceil(len(images) / columns)
     figure = _new_figure(1.3 * columns, 1.7 * rows)
-    for axis in figure.subplots(rows, columns, squeeze=False).flat:
-        axis.axis("off")
-    pairs = zip(images.numpy(), labels, strict=True)
-    for axis, (image, label) in zip(figure.axes, pairs, strict=False):
-        axis.imshow(image, cmap="gray")  # the map is for one channel only
+    for number, (image, label) in enumerate(zip(images, labels, strict=True), 1):
+        image = torch.as_tensor(image).detach().cpu()
+        if image.is_floating_point():
+            if not len(mean) == len(std) == len(image):
+                raise ValueError(f"{len(image)} channels: mean and std need as many numbers")
+            image = image.movedim(0, -1) * torch.tensor(std) + torch.tensor(mean)
+            image = image.clamp(0, 1)
+        axis = figure.add_subplot(rows, columns, number)
+        axis.imshow(image.numpy(), cmap="gray")  # the map is for one channel only
         axis.set_title(classes[int(label)], fontsize=8)
+        axis.axis("off")
     return figure
 
 
