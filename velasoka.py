@@ -800,7 +800,8 @@ class _Meter:
     def add(self, loss, logits, labels):
         """Count one batch."""
         correct = (logits.argmax(1) == _class_indices(labels)).sum()
-        self.unread.append((torch.stack([loss.detach(), correct]), len(labels)))
+        counts = torch.stack([loss.detach().reshape(()), correct])
+        self.unread.append((counts, len(labels)))
         if time.perf_counter() >= self.next_read:
             self.read()
             self.next_read = time.perf_counter() + 0.5
@@ -857,7 +858,7 @@ def _advice(meter, precision):
     """Name a way out of errors that come of the batch size or of mixed precision."""
     try:
         yield
-    except (MemoryError, RuntimeError, TypeError) as error:
+    except (AssertionError, MemoryError, RuntimeError, TypeError) as error:
         signs = "out of memory|ALLOC_FAILED|DefaultCPUAllocator"
         if isinstance(error, MemoryError) or re.search(signs, str(error)):
             size = 0 if meter.labels is None else len(meter.labels)
@@ -1183,7 +1184,8 @@ def load_model(model: nn.Module, path: _PathLike, device: _Device | None = None)
     """
     weights = _load(path)
     if {"history", "best"} <= weights.keys():  # a checkpoint; version 2 had no best at first
-        weights = weights["best"] or weights["model"]
+        best = weights["best"] or weights.get("model")
+        weights = best if isinstance(best, dict) else weights
     own = {_plain_name(name): value for name, value in model.state_dict().items()}
     found = {_plain_name(name): value for name, value in weights.items()}
     if "n_averaged" not in own:
@@ -1749,7 +1751,8 @@ def show_images(
             image = image.movedim(0, -1) * torch.tensor(std) + torch.tensor(mean)
             image = image.clamp(0, 1)
         axis = figure.add_subplot(rows, columns, number)
-        axis.imshow(image.numpy(), cmap="gray")  # the map is for one channel only
+        white = 1 if image.is_floating_point() else 255
+        axis.imshow(image.numpy(), cmap="gray", vmin=0, vmax=white)  # these are for one channel
         axis.set_title(classes[int(label)], fontsize=8)
         axis.axis("off")
     return figure
@@ -1921,14 +1924,17 @@ def _parse(arguments):
         parser.error("--synthetic reads no --data and downloads nothing")
     if options.resume and not options.checkpoint:
         parser.error("--resume needs --checkpoint")
+    if options.save and options.save == options.checkpoint:
+        parser.error("--save and --checkpoint need a file each")
     if bool(options.predict) != bool(options.load):
         parser.error("--predict and --load need each other")
     if options.predict and (options.checkpoint or options.save or options.figures):
         parser.error("--predict writes no files")
     curves = options.figures and options.figures / "curves.png"
     for path in filter(None, (options.checkpoint, options.save, curves)):
-        parent = next(parent for parent in path.absolute().parents if parent.exists())
-        if path.is_dir() or not (parent.is_dir() and os.access(parent, os.W_OK)):
+        file = Path(os.path.realpath(path.expanduser()))
+        parent = next(parent for parent in file.parents if parent.exists())
+        if file.is_dir() or not (parent.is_dir() and os.access(parent, os.W_OK)):
             parser.error(f"{path}: cannot be written")
     try:
         options.device = torch.zeros(1, device=options.device or get_available_device()).device
@@ -1946,13 +1952,14 @@ def _parse(arguments):
 
 def _main(arguments=None):
     """Do what the command line asks for; return the exit status."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # no name of a file ends a run
+    with suppress(AttributeError):  # `%run` in a notebook has a stream that takes all names
+        sys.stdout.reconfigure(errors="backslashreplace")  # no name of a file ends a run
     plt.switch_backend("agg")  # it only writes files
     warnings.showwarning = _print_warning
     try:
         options = _parse(arguments)
         status = _predict_files(options) if options.predict else _train_models(options)
-        sys.stdout.flush()
+        print(end="", flush=True)
         return status
     except KeyboardInterrupt:
         print("velasoka: interrupted", file=sys.stderr)
@@ -1977,7 +1984,8 @@ def _predict_files(options):
     settings = {"classes": classes, "precision": options.precision}
     status = 0
     for pattern in options.predict:
-        for path in sorted(glob.glob(pattern)) or [pattern]:  # Windows leaves patterns to us
+        found = [] if Path(pattern).exists() else sorted(glob.glob(pattern))
+        for path in found or [pattern]:  # Windows leaves patterns to us
             try:
                 shares = classify_image(model, path, options.device, **settings)
                 line = ", ".join(f"{name} {percentage:.1f}%" for name, percentage in shares.items())

@@ -190,6 +190,7 @@ def test_an_interrupt_keeps_the_checkpoint_to_resume_from(run, monkeypatch):
         ("--checkpoint torn.pt/run.pt", "cannot be written"),
         ("--figures torn.pt", "cannot be written"),
         ("--resume", "--checkpoint"),
+        ("--save net.pt --checkpoint net.pt", "--checkpoint"),
         ("--predict torn.pt", "--load"),
         ("--load torn.pt", "--predict"),
         ("--predict torn.pt --load torn.pt", "torn.pt: not a file of weights"),
@@ -209,7 +210,7 @@ def test_what_is_wrong_is_one_line_that_names_it(arguments, named, run, no_netwo
 
 
 def test_each_picture_is_classified_by_the_model_that_the_weights_fit(run):
-    for name in ("one.png", "two.webp"):
+    for name in ("[o]ne.png", "one.png", "two.webp"):
         Image.effect_mandelbrot((90, 60), (-3, -2.5, 2, 2.5), 100).save(name)
     Path("page.html").write_text("<html>")
     model = velasoka.MODELS["simple"]()
@@ -217,9 +218,9 @@ def test_each_picture_is_classified_by_the_model_that_the_weights_fit(run):
     torch.save({"weight": torch.zeros(1)}, "other.pt")
     likeliest = velasoka.classify_image(model, "one.png", "cpu")
     named = ", ".join(f"{name} {share:.1f}%" for name, share in likeliest.items())
-    files = "one.png page.html none.png *.webp"
+    files = "[o]ne.png page.html none.png *.webp"
     status, printed, errors = run(f"--load net.pt --predict {files} --device cpu")
-    assert (status, printed) == (2, f"one.png: {named}\ntwo.webp: {named}\n")
+    assert (status, printed) == (2, f"[o]ne.png: {named}\ntwo.webp: {named}\n")
     page, missing = errors.splitlines()
     assert page.startswith("velasoka: page.html: not an image")
     assert missing == "velasoka: none.png: no such file"

@@ -66,6 +66,7 @@ NO_WEIGHTS = [  # what is in the file, and what is said of it
     (Bomb(), "not a file of weights"),
     ([1, 2], "not a file of weights"),
     ({"best": 93.1, 3: "x"}, "not the weights of this"),
+    ({"best": 93.1, "history": []}, "not the weights of this"),
     (velasoka.DilatedModel(fm_size=4).state_dict(), r"c2\.3\.weight"),
     (WEIGHTS | {"c4.1.bias": torch.zeros(11)}, r"c4.1.bias: \[11\]"),
     (WEIGHTS | {"c4.1.other": torch.zeros(10)}, r"c4.1.other: \[10\] in the file"),

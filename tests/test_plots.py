@@ -44,6 +44,7 @@ def test_pictures_of_one_channel_are_grey():
         assert shown.get_cmap().name == "gray"
         drawn = np.array(shown.get_array(), dtype=float).reshape(4, 4)
         assert np.allclose(drawn / drawn.max(), pixels[1] / 31, atol=1e-4)
+        assert shown.get_clim() in ((0, 1), (0, 255))  # not stretched to what is in the picture
     with pytest.raises(ValueError, match=r"1 channels: mean and std"):  # they are of three
         velasoka.show_images(images, [0, 1], "ab")
 
