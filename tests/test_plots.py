@@ -91,11 +91,11 @@ def test_confusion_matrix_has_numbers_and_names_and_no_grid():
 
 
 def test_confusion_matrix_of_a_hundred_classes_is_quick_and_without_numbers():
-    start = time.perf_counter()
+    start = time.process_time()
     names = [f"class {index}" for index in range(100)]
     figure = velasoka.plot_confusion_matrix(range(100), range(100), names)
     figure.canvas.draw()
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
     assert texts(figure) == []
     assert len(figure.axes[0].get_xticklabels()) <= 30
 
