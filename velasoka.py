@@ -1611,7 +1611,7 @@ _WINDOWED = {  # what slides a window, and its arguments in order
 }
 _POOLING = "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "sum", "amax", "amin"
 _MIXING = """roll flip sort topk gather index_select cumsum matmul bmm interpolate grid_sample
-scaled_dot_product_attention multi_head_attention_forward conv_transpose2d"""
+scaled_dot_product_attention multi_head_attention_forward conv1d conv_transpose2d"""
 
 
 class _ViewTracer(TorchFunctionMode):
@@ -1653,7 +1653,10 @@ class _ViewTracer(TorchFunctionMode):
         _, jump, size = seen[seen[:, 2].prod(1).argmax()]  # where a map meets a number, the map's
         if (size == 1).all() and name not in _WINDOWED:
             return np.array([field, jump, size])  # spread over a map, one cell stays one cell
-        new_size = np.array(output.shape[-2:] if output.ndim > 2 else (1, 1))
+        cells = output.shape[2:] or (1, 1)
+        if len(cells) == 1:  # flattened: all of the map in a line, or what is left of it
+            cells = size if cells[0] == size.prod() else (cells[0], 1)
+        new_size = np.array(cells[-2:])
         kernel = stride = dilation = np.ones(2, int)
         if name in _WINDOWED:
             kernel, stride, dilation = _window(name, args, kwargs)

@@ -101,7 +101,7 @@ def test_where_branches_meet_the_larger_view_counts(join, field):
 @pytest.mark.parametrize(
     ("step", "field"),
     [
-        (lambda x: x.mean((2, 3)), 32),
+        (lambda x: x.mean((2, 3)) + x.flatten(2).mean(-1), 32),
         (lambda x: F.adaptive_avg_pool2d(x, (None, 1)), (3, 32)),
         (lambda x: x * x.mean((2, 3))[:, :, None, None].expand_as(x), 32),  # channel attention
         (lambda x: torch.cat([x, torch.zeros_like(x)], 1), 3),
