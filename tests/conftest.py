@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import random
 from pathlib import Path
 
@@ -17,6 +18,7 @@ QUIET = {"progress": False}
 KEEP = {"checkpoint_path": "run.pt"}
 CE = nn.CrossEntropyLoss()
 torch.set_num_threads(1)  # the tensors are tiny; more threads would wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # so it is in what the tests start
 
 
 @pytest.fixture(scope="session")

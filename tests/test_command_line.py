@@ -161,8 +161,7 @@ def test_an_interrupt_keeps_the_checkpoint_to_resume_from(run, monkeypatch):
     assert "Interrupted in epoch 2 of 3" in printed
     assert re.search(r"interrupted, 1 of 3 epochs .*--resume", printed.splitlines()[-1])
     status, printed, _ = run(f"{arguments} --resume")
-    assert status == 0
-    assert "1 of 3 epochs are done" in printed
+    assert status == 0 and "1 of 3 epochs are done" in printed
     assert re.findall(r"EPOCH: (\d)", printed) == ["2", "3"]
 
 

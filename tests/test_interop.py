@@ -135,8 +135,7 @@ def test_grad_cam_and_model_summary_leave_each_other_alone(model, loaders, capsy
         heat = cam(images, targets=None)
         velasoka.model_summary(model, (3, 32, 32))
         np.testing.assert_allclose(cam(images, targets=None), heat, atol=0.01)
-    assert heat.shape == (4, 32, 32)
-    assert heat.any()
+    assert heat.shape == (4, 32, 32) and heat.any()
     assert "Receptive field: 60" in capsys.readouterr().out
 
 
