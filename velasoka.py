@@ -198,7 +198,7 @@ class SimpleModel(nn.Module):
     """3×3 convolutions only: 576,842 parameters, receptive field 60.
 
     Input N×3×H×W with sides of 16 or more, output logits N×`num_classes`. `fm_size` is the width
-    of the first convolution. Comments have the shape that 32×32 images get, and the field.
+    of the first convolution. Comments: a block's output for 32×32 images, its receptive field.
     """
 
     memory_format = torch.channels_last  # how the loops lay out images and weights
@@ -355,7 +355,7 @@ class _DeviceDataset(Dataset):
         return TensorDataset(images.permute(0, 3, 1, 2), self.labels[index[:, 0]])
 
     def _draw_positions(self, number):
-        """Return which rows, N×H, and columns, N×W, of each image to show where."""
+        """Return the rows, N×H, and columns, N×W, to read of each image: shifted, flipped."""
         shifts = torch.full((2, number), _MAX_SHIFT)  # down, across: from 0 to 4, 2 for none
         flips = torch.zeros(number, 1, dtype=torch.int64)
         if self.augment and self.epoch != 0:
@@ -1748,13 +1748,14 @@ def show_images(
     figure = _new_figure(1.3 * columns, 1.7 * rows)
     for number, (image, label) in enumerate(zip(images, labels, strict=True), 1):
         image = torch.as_tensor(image).detach().cpu()
+        white = 255
         if image.is_floating_point():
+            white = 1
             if not len(mean) == len(std) == len(image):
                 raise ValueError(f"{len(image)} channels: mean and std need as many numbers")
             image = image.movedim(0, -1) * torch.tensor(std) + torch.tensor(mean)
             image = image.clamp(0, 1)
         axis = figure.add_subplot(rows, columns, number)
-        white = 1 if image.is_floating_point() else 255
         axis.imshow(image.numpy(), cmap="gray", vmin=0, vmax=white)  # these are for one channel
         axis.set_title(classes[int(label)], fontsize=8)
         axis.axis("off")
