@@ -40,6 +40,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from http.client import HTTPException
 from itertools import islice
+from operator import length_hint
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -155,8 +156,11 @@ class _MirroredConv2d(nn.Conv2d):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Start symmetric, without bias, with filters of norm 1: outputs vary about as inputs do,
-        which is what the running variances of batch norms say at first."""
+        """Start symmetric, without bias, with filters of norm 1 on average.
+
+        Outputs then vary about as much as inputs do: the running variances of batch norms, which
+        start at 1, need not catch up.
+        """
         super().reset_parameters()
         weight = _with_mirror(self.weight, self.dims)
         self.weight.copy_(weight * len(weight) ** 0.5 / weight.norm())
@@ -176,7 +180,7 @@ class _MirroredBatchNorm2d(nn.BatchNorm2d):
         momentum = self.momentum
         if self.training:
             self.num_batches_tracked.add_(1)
-        if momentum is None:  # torch's `update_bn` asks for a plain mean
+        if momentum is None:  # set by torch's `update_bn`: all batches count alike
             momentum = 1.0 / max(1.0, float(self.num_batches_tracked))
         return F.batch_norm(images, mean, variance, weight, bias, self.training, momentum, self.eps)
 
@@ -197,7 +201,7 @@ def _block(*layers):
 class SimpleModel(nn.Module):
     """3×3 convolutions only: 576,842 parameters, receptive field 60.
 
-    Input N×3×H×W with sides of 16 or more, output logits N×`num_classes`. `fm_size` is the width
+    Input N×3×H×W with sides of 5 or more, output logits N×`num_classes`. `fm_size` is the width
     of the first convolution. Comments: a block's output for 32×32 images, its receptive field.
     """
 
@@ -253,7 +257,7 @@ class DilatedDepthwiseModel(DilatedModel):
         self.c2 = _block(*_conv_norm_relu(width, width, 3), depthwise, *pointwise)  # 128×8×8, 16
 
 
-MODELS = {
+MODELS = {  # the command line offers all that are in here
     "simple": SimpleModel,
     "dilated": DilatedModel,
     "dilated-depthwise": DilatedDepthwiseModel,
@@ -275,7 +279,8 @@ def get_cifar10_data_loader(
     """Return `(train_loader, test_loader)` for `dataset = (train, test)`.
 
     Batches are float images N×3×H×W and int64 labels N on `device`, by default the fastest. The
-    train loader shuffles. The same `seed` gives the same batches on every device.
+    train loader shuffles. The same `seed` gives the same batches on every device (what a
+    `batch_transform` draws comes from torch's global generator).
 
     A data set of this module, or a `Subset` of one, lies on the device as uint8 (184 MB). With
     `augment`, its training images are flipped at random and, from the second epoch of `start_cnn`
@@ -283,7 +288,8 @@ def get_cifar10_data_loader(
     becomes an ordinary `DataLoader` that applies its own transforms, without worker processes.
 
     `batch_transform(images, labels)`, which returns such a pair, is applied to each training
-    batch, last, on the device: torchvision's `v2.CutMix(num_classes=10)`, a Cutout of your own.
+    batch, last, on the device: torchvision's `v2.CutMix(num_classes=10)`, a Cutout of your own (in
+    normalised images 0 is the mean colour).
     """
     device = get_available_device() if device is None else torch.device(device)
     loaders = []
@@ -327,7 +333,6 @@ class _DeviceDataset(Dataset):
         self.augment = augment
         self.generator = generator
         self.epoch = None  # unknown
-        self.rows, self.columns = (_shifted_positions(size) for size in self.data.shape[1:3])
 
     def set_epoch(self, epoch):
         """Tell the number of the next epoch; in the first, 0, images are not shifted."""
@@ -343,7 +348,8 @@ class _DeviceDataset(Dataset):
     def __getitems__(self, indices):
         """Return a batch: `DataLoader` calls this in place of `__getitem__` for each image.
 
-        `_collate` takes its tensors whole; to torch's own `collate_fn` it is a list of pairs.
+        `_collate` knows by the type that it is whole; torch's own `collate_fn` reads the
+        `TensorDataset` as a list of pairs.
         """
         rows, columns = self._draw_positions(len(indices))
         drawn = torch.cat([torch.as_tensor(indices)[:, None], rows, columns], 1)
@@ -356,23 +362,22 @@ class _DeviceDataset(Dataset):
 
     def _draw_positions(self, number):
         """Return the rows, N×H, and columns, N×W, to read of each image: shifted, flipped."""
-        shifts = torch.full((2, number), _MAX_SHIFT)  # down, across: from 0 to 4, 2 for none
+        height, width = self.data.shape[1:3]
+        shifts = torch.zeros(2, number, 1, dtype=torch.int64)
         flips = torch.zeros(number, 1, dtype=torch.int64)
         if self.augment and self.epoch != 0:
-            shifts.random_(2 * _MAX_SHIFT + 1, generator=self.generator)
+            shifts.random_(-_MAX_SHIFT, _MAX_SHIFT + 1, generator=self.generator)
         if self.augment:
             flips.random_(2, generator=self.generator)
-        rows, columns = self.rows[shifts[0]], self.columns[shifts[1]]
+        rows = _reflect(torch.arange(height) + shifts[0], height)
+        columns = _reflect(torch.arange(width) + shifts[1], width)
         return rows, torch.where(flips == 1, columns.flip(1), columns)
 
 
-def _shifted_positions(size):
-    """Return a table: line i has the rows, or columns, that an image shifted by i − 2 shows.
-
-    The border is reflected: line 0 is 2, 1, 0, 1, 2, ..., 29 for 32.
-    """
-    padded = np.pad(np.arange(size), _MAX_SHIFT, mode="reflect")
-    return torch.from_numpy(padded).unfold(0, size, 1)
+def _reflect(positions, size):
+    """Return `positions`, those past a border turned back: −2 becomes 2, `size` + 1 `size` − 3."""
+    last = size - 1
+    return last - (last - positions.abs()).abs()
 
 
 # --- Optimiser, schedule, loss ---
@@ -381,7 +386,7 @@ def _shifted_positions(size):
 def get_muon_optimizer(
     model: nn.Module, lr: float | None = None, *, batch_size: int = _BATCH_SIZE
 ) -> Optimizer:
-    """Return Muon for the filters of dense convolutions, SGD for everything else.
+    """Return Muon for the filters of convolutions, if not depthwise, SGD for everything else.
 
     `lr` is the peak of `start_cnn`'s schedule: by default 0.05 × √(`batch_size` / 64), since the
     gradients of larger batches are less noisy (https://arxiv.org/abs/2205.10287). Depthwise
@@ -402,7 +407,7 @@ def get_muon_optimizer(
             group_of[layer.bias] = "fast"
     weights = [parameter for parameter in parameters if parameter.ndim > 1]
     if weights:
-        group_of[weights[-1]] = "other"  # the layer to the classes; Muon is for those before it
+        group_of[weights[-1]] = "other"  # the layer to the classes, made last; not for Muon
     groups = {
         "filters": {"params": [], "momentum": _MUON_MOMENTUM, "muon": True},
         "fast": {"params": [], "lr_scale": _FAST_LR_SCALE},
@@ -420,13 +425,13 @@ def _trainable(model):
 class _Muon(Optimizer):
     """SGD with Nesterov momentum, whose groups marked `muon` move by orthogonal matrices.
 
-    The update of a filter bank, output channels × the rest, is made orthogonal: all directions
-    learn at the same pace, none dominates. The bank keeps its first norm, so that `lr` is the
-    angle by which it turns. From https://kellerjordan.github.io/posts/muon and airbench
+    The update of a filter bank, output channels × the rest, is made nearly orthogonal, so that
+    weak directions keep up with strong ones. The bank keeps its first norm, so that `lr` is about
+    the angle by which it turns. From https://kellerjordan.github.io/posts/muon and airbench
     (https://github.com/KellerJordan/cifar10-airbench); `torch.optim.Muon` takes matrices only.
     """
 
-    # tells a `GradScaler` that `step` unscales and skips by itself: the host need not wait
+    # tells a `GradScaler` that `step` unscales and skips by itself: so the host need not wait
     _step_supports_amp_scaling = True
 
     def __init__(self, groups, lr):
@@ -465,7 +470,8 @@ class _Muon(Optimizer):
         torch._foreach_add_(buffers, gradients)
         updates = torch._foreach_add(gradients, buffers, alpha=momentum)  # Nesterov: look ahead
         if group["muon"]:
-            updates = [_orthogonalise(update) for update in updates]  # of norm √(output channels)
+            updates = [_orthogonalise(update) for update in updates]
+            # their norm is about √(output channels)
             torch._foreach_div_(updates, [len(weight) ** 0.5 for weight in weights])
             torch._foreach_mul_(updates, self._restore_norms(weights, is_finite))
         torch._foreach_mul_(updates, group["lr"] * group["lr_scale"] * is_finite)
@@ -484,10 +490,11 @@ class _Muon(Optimizer):
 
 
 def _orthogonalise(filters):
-    """Return `filters` (output channels × the rest) with singular values near 1.
+    """Return `filters` (output channels × the rest) with singular values nearer to 1.
 
     Newton–Schulz: each step turns X into a·X + (b·A + c·A²)·X with A = X·Xᵀ. Jordan's
-    coefficients trade exactness (0.7 to 1.2) for speed.
+    coefficients lift small singular values fast, to 0.7 to 1.2 in the end; in three steps the
+    smallest do not get there.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     channels_last = filters.movedim(1, -1)  # as it lies in memory, so that nothing is copied
@@ -716,7 +723,8 @@ def classify_image(
 
 
 def _mean_logits(model, images):
-    """Return the mean logits over views: unmoved (twice), moved by a pixel, all flipped, too."""
+    """Return the mean logits over four views, unmoved (twice) and moved by a pixel along the
+    diagonal to either side, and their mirror images."""
     padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
     views = [images, images, padded[..., :-2, :-2], padded[..., 2:, 2:]]
     views += [view.flip(-1) for view in views]
@@ -756,7 +764,7 @@ class _Meter:
         self.model.to(self.device, memory_format=getattr(self.model, "memory_format", None))
         self.start = time.perf_counter()
         self.next_read = self.start
-        self.bar = _make_bar(total=_length(self.loader), progress=self.progress)
+        self.bar = _make_bar(total=length_hint(self.loader) or None, progress=self.progress)
 
     def __enter__(self):
         return self
@@ -841,10 +849,11 @@ class _Meter:
         if self.optimizer is not None:
             details.append(f" lr={self.rates[-1]:.1e}")
         self.text = head + "".join(details)
-        details.append(" {elapsed}<{remaining}")
+        details.append(" 00:00<00:00")  # time taken and left
         room = shutil.get_terminal_size().columns - len(f"{head}: 100%|1234567890|")
-        while len(details) > 1 and len("".join(details)) - 10 > room:  # times are 10 shorter
+        while len(details) > 1 and len("".join(details)) > room:
             details.pop()
+        details[-1] = details[-1].replace("00:00<00:00", "{elapsed}<{remaining}")
         self.bar.bar_format = head + ": {percentage:3.0f}%|{bar}|" + "".join(details)
         self.bar.refresh()
 
@@ -876,13 +885,6 @@ def _make_bar(iterable=None, progress=True, **options):
     options["disable"] = not progress or not (is_terminal or hasattr(builtins, "__IPYTHON__"))
     options["ncols"] = shutil.get_terminal_size().columns
     return tqdm(iterable, file=sys.stdout, mininterval=0.5, **options)
-
-
-def _length(loader):
-    try:
-        return len(loader)
-    except TypeError:
-        return None
 
 
 def _note_of(loader):
@@ -920,13 +922,14 @@ def start_cnn(
 
     The run ends when a test reaches `target_accuracy`, in percent, or `callback(history)`, called
     after each epoch, returns True. After each epoch all it needs is written to `checkpoint_path`;
-    with `resume` it continues from there, on the CPU bit for bit as if it had not stopped, if
-    all random numbers come from the global generators and the train loader's `generator`.
+    with `resume` a run started alike (`epochs`, rates, kinds of parts) continues from there, on the
+    CPU bit for bit as if it had not stopped, if all random numbers come from the global
+    generators and the train loader's `generator`.
 
     The model ends with the weights of the last epoch. After an interrupt (Ctrl-C, the stop
     button), an error or a loss that is not finite it has those of the best epoch. Within the
     first there is no best: an interrupt keeps what has been learnt, else the initial weights are
-    back. An error has the `history`.
+    back. An error during the run has the `history`.
     """
     if epochs < 1:
         raise ValueError(f"epochs={epochs}: at least 1 is needed")
@@ -941,9 +944,7 @@ def start_cnn(
     _check_optimizer(optimizer, model, scheduler)
     first_batch = list(islice(test_loader, 1))  # what does not fit fails now, not after an epoch
     predict(model, first_batch, device, precision=precision)
-    num_batches = _length(train_loader)
-    if num_batches is None:
-        num_batches = sum(1 for _ in train_loader)
+    num_batches = length_hint(train_loader) or sum(1 for _ in train_loader)
 
     scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
     note = _note_of(train_loader)
@@ -996,7 +997,7 @@ def start_cnn(
             if checkpoint is not None:
                 checkpoint.save(history, best)
             answer = None if callback is None else callback(history)
-            # True only, of Python or NumPy: a callback may return other things
+            # only True, of Python or NumPy, stops: a callback may return other things
             is_stopped = isinstance(answer, (bool, np.bool_)) and bool(answer)
             history.status = _status(history, epochs, target_accuracy, is_stopped)
     except BaseException as error:
@@ -1090,7 +1091,7 @@ def seed_everything(seed: int = SEED, deterministic: bool = False) -> None:
     `deterministic` also asks torch for algorithms that give the same bits in each run
     (https://pytorch.org/docs/stable/notes/randomness.html); on CUDA, call it first.
     """
-    random.seed(int(seed))
+    random.seed(int(seed))  # it takes no integers of NumPy
     np.random.seed(seed)
     torch.manual_seed(seed)
     if deterministic:
@@ -1112,8 +1113,8 @@ class _Checkpoint:
         self.parts = parts | {"scaler": scaler}
         self.generator = getattr(train_loader, "generator", None) or torch.default_generator
         # a run is known by how it was started, the classes of its parts and the model's size
-        named = parts | {"loss": loss_fn}
-        self.run = run | {name: type(part).__name__ for name, part in named.items()}
+        kinds = parts | {"loss": loss_fn}
+        self.run = run | {name: type(part).__name__ for name, part in kinds.items()}
         self.run["parameters"] = count_parameters(parts["model"])
 
     def is_to_be_loaded(self, resume):
@@ -1146,9 +1147,7 @@ class _Checkpoint:
         """Restore all that `save` wrote; return the history and the best weights."""
         content = _load(self.path)
         if "run" not in content:
-            what = (
-                "not a checkpoint, or one of version 2: delete it, or name another, to train anew"
-            )
+            what = "not a checkpoint, or of version 2: delete it, or name another, to train anew"
             raise ValueError(f"{self.path}: {what}")
         for name, value in self.run.items():
             before = content["run"].get(name)
@@ -1180,7 +1179,7 @@ def load_model(model: nn.Module, path: _PathLike, device: _Device | None = None)
 
     A checkpoint of `start_cnn` gives those of its best epoch; those of a compiled, averaged or
     `DataParallel` model fit the plain one. Raises FileNotFoundError if there is no file and,
-    leaving the model as it is, ValueError if it holds anything but sound weights of the model.
+    leaving the model as it is, ValueError if it holds anything but its weights, or a NaN.
     """
     weights = _load(path)
     if {"history", "best"} <= weights.keys():  # a checkpoint; version 2 had no best at first
@@ -1483,9 +1482,9 @@ def download_cifar10(
     """Make sure that `root` holds CIFAR-10 as published; return its `cifar-10-batches-py`.
 
     A folder or archive that is there is verified and used. Else the archive (170 MB) comes from
-    the first of the `mirrors` that delivers it; one that stalls or crawls is left for the next,
-    and tried once more in the end. Raises ConnectionError with the reason of each, ValueError if
-    what is there is damaged, OSError if `root` cannot be written.
+    the first of the `mirrors` that delivers it; one that begins, then stalls or crawls, is left
+    for the next and tried once more in the end. Raises ConnectionError with the reason of each,
+    ValueError if what is there is damaged, OSError if `root` cannot be written.
     """
     root = Path(root).expanduser()
     folder, archive = root / _BATCHES, root / _ARCHIVE
@@ -1963,7 +1962,7 @@ def _main(arguments=None):
     try:
         options = _parse(arguments)
         status = _predict_files(options) if options.predict else _train_models(options)
-        print(end="", flush=True)
+        print(end="", flush=True)  # a closed pipe shows here, not at exit
         return status
     except KeyboardInterrupt:
         print("velasoka: interrupted", file=sys.stderr)
@@ -2081,7 +2080,7 @@ def _train(name, dataset, options, suffix):
     ended = f"{name}{note}: {history.status}, {len(history.test)} of {options.epochs} epochs in "
     ended += f"{seconds:.0f} s, test accuracy {accuracy:.2f}%, best {history.best_accuracy:.2f}%"
     if history.status == "interrupted":
-        ended += "; --resume continues" if checkpoint and checkpoint.exists() else ""
+        ended += "; --resume continues" if checkpoint and history.test else ""
     elif options.target:
         verdict = "reached" if history.status == "target reached" else "missed"
         ended += f": the target of {options.target:g}% is {verdict}"
