@@ -609,12 +609,14 @@ def train_cnn(
     precision = precision or _fastest_precision(device)
     by_batch = _is_stepped_by_batch(scheduler, scheduler_interval)
     if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
-        raise ValueError("scheduler: ReduceLROnPlateau is stepped by start_cnn, once an epoch")
+        raise ValueError("scheduler: ReduceLROnPlateau needs start_cnn, and is stepped by epoch")
     _check_optimizer(optimizer, model, scheduler)
     if scaler is None:
         scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
-    if not model.training:
-        model.train()
+    frozen = [module for module in model.modules() if model.training and not module.training]
+    model.train()  # it may be the model's own
+    for module in frozen:
+        module.training = False
     meter = _Meter("Train", model, data_loader, device, progress, optimizer)
     meter.tolerated = 20 if scaler.is_enabled() else 0
     with meter, _advice(meter, precision):
@@ -717,6 +719,8 @@ def classify_image(
     image = to_normalize(CIFAR10_MEAN, CIFAR10_STD)(to_tensor()(picture))
     batch = image[None], torch.tensor([0])  # the label is not used
     logits, _ = predict(model, [batch], device, precision=precision)
+    if len(classes) != logits.shape[1]:
+        raise ValueError(f"{len(classes)} classes for a model of {logits.shape[1]} logits")
     percentages = dict(zip(classes, (100 * logits[0].softmax(0)).tolist(), strict=True))
     likeliest = sorted(percentages, key=percentages.get, reverse=True)[:count]
     return {name: percentages[name] for name in likeliest}
@@ -922,9 +926,9 @@ def start_cnn(
 
     The run ends when a test reaches `target_accuracy`, in percent, or `callback(history)`, called
     after each epoch, returns True. After each epoch all it needs is written to `checkpoint_path`;
-    with `resume` a run started alike (`epochs`, rates, kinds of parts) continues from there, on the
-    CPU bit for bit as if it had not stopped, if all random numbers come from the global
-    generators and the train loader's `generator`.
+    with `resume` a run started alike (`epochs`, rates, kinds of parts) continues from there, also
+    one that the callback ended; on the CPU bit for bit as if it had not stopped, if all random
+    numbers come from the global generators and the train loader's `generator`.
 
     The model ends with the weights of the last epoch. After an interrupt (Ctrl-C, the stop
     button), an error or a loss that is not finite it has those of the best epoch. Within the
@@ -942,10 +946,6 @@ def start_cnn(
     train_loader, test_loader = data_loader
     by_batch = _is_stepped_by_batch(scheduler, scheduler_interval)
     _check_optimizer(optimizer, model, scheduler)
-    first_batch = list(islice(test_loader, 1))  # what does not fit fails now, not after an epoch
-    predict(model, first_batch, device, precision=precision)
-    num_batches = length_hint(train_loader) or sum(1 for _ in train_loader)
-
     scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
     note = _note_of(train_loader)
     history = History()
@@ -955,10 +955,14 @@ def start_cnn(
     if has_own_schedule:
         for group in optimizer.param_groups:
             group.pop("initial_lr", None)  # of an earlier scheduler
-        scheduler = _triangular_schedule(optimizer, epochs * num_batches)
-        by_batch = True
     rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
     try:
+        first_batch = list(islice(test_loader, 1))  # what does not fit fails now, not later
+        predict(model, first_batch, device, precision=precision)
+        num_batches = length_hint(train_loader) or sum(1 for _ in train_loader)
+        if has_own_schedule:
+            scheduler = _triangular_schedule(optimizer, epochs * num_batches)
+            by_batch = True
         if checkpoint_path is not None:
             parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
             run = {"rates": rates, "epochs": epochs, "batches": num_batches}
@@ -1015,6 +1019,7 @@ def start_cnn(
         epoch = f"epoch {min(len(history.test) + 1, epochs)} of {epochs}{note}"
         line = f"{history.status.capitalize()} in {epoch}: the model has {weights}"
         if history.status == "diverged":
+            optimizer.state.clear()  # momentum that is not finite
             warnings.warn(f"{line}; {error}; try a lower learning rate", stacklevel=2)
         elif progress:
             is_kept = checkpoint is not None and checkpoint.is_written
@@ -1107,8 +1112,10 @@ class _Checkpoint:
     """All that a run needs to continue, in one file, written after each epoch."""
 
     def __init__(self, path, parts, scaler, loss_fn, run, train_loader):
-        self.path = Path(path).expanduser()
+        self.path = _path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.is_dir():
+            raise IsADirectoryError(f"{self.path}: a folder, not a file")
         self.is_written = False
         self.parts = parts | {"scaler": scaler}
         self.generator = getattr(train_loader, "generator", None) or torch.default_generator
@@ -1232,14 +1239,23 @@ def _load(path):
 def _load_safely(file):
     """Return what `torch.load` reads: tensors and plain values only, NumPy's among them."""
     numpy_types = [np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0], np.ndarray, np.dtype]
-    numpy_types += [type(np.dtype(kind)) for kind in ("bool", "i8", "u4", "f4", "f8")]
+    codes = "?" + np.typecodes["AllInteger"] + np.typecodes["Float"]
+    numpy_types += [type(np.dtype(code)) for code in codes]
     with torch.serialization.safe_globals(numpy_types):
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
+def _path(path):
+    """Return `path`, with ~ for the home folder."""
+    path = Path(path)
+    with suppress(RuntimeError):  # ~unknown is a name like any other
+        path = path.expanduser()
+    return path
+
+
 def _existing(path):
     """Return `path`, with ~ for the home folder; raise FileNotFoundError if it is not there."""
-    path = Path(path).expanduser()
+    path = _path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     return path
@@ -1250,11 +1266,12 @@ def _write_file(path, content):
 
     A symbolic link stays one, permissions stay; what is no regular file is written into.
     """
-    path = Path(path).expanduser().resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = _path(path)
     if path.exists() and not path.is_file():
         path.write_bytes(content)
         return
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("wb") as file:
@@ -1343,7 +1360,7 @@ def get_cifar10_dataset(
     source delivers, ValueError for a file or folder that is not as it should be.
     """
     _check_normalization(mean, std)
-    root = Path(root).expanduser()
+    root = _path(root)
     if root.name == _BATCHES and root.is_dir():
         root = root.parent
     is_published = (root / _BATCHES).exists() or (root / _ARCHIVE).exists()
@@ -1486,7 +1503,7 @@ def download_cifar10(
     for the next and tried once more in the end. Raises ConnectionError with the reason of each,
     ValueError if what is there is damaged, OSError if `root` cannot be written.
     """
-    root = Path(root).expanduser()
+    root = _path(root)
     folder, archive = root / _BATCHES, root / _ARCHIVE
     if not folder.exists():
         root.mkdir(parents=True, exist_ok=True)
@@ -1609,8 +1626,9 @@ _WINDOWED = {  # what slides a window, and its arguments in order
     "avg_pool2d": ("input", "kernel_size", "stride"),
 }
 _POOLING = "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "sum", "amax", "amin"
-_MIXING = """roll flip sort topk gather index_select cumsum matmul bmm interpolate grid_sample
-scaled_dot_product_attention multi_head_attention_forward conv1d conv_transpose2d"""
+_MIXING = """roll flip rot90 sort topk gather index_select cumsum matmul bmm einsum interpolate
+grid_sample unfold fft_fft2 fft_rfft2 scaled_dot_product_attention multi_head_attention_forward
+conv1d conv_transpose2d"""
 
 
 class _ViewTracer(TorchFunctionMode):
@@ -1927,15 +1945,17 @@ def _parse(arguments):
         parser.error("--synthetic reads no --data and downloads nothing")
     if options.resume and not options.checkpoint:
         parser.error("--resume needs --checkpoint")
-    if options.save and options.save == options.checkpoint:
-        parser.error("--save and --checkpoint need a file each")
     if bool(options.predict) != bool(options.load):
         parser.error("--predict and --load need each other")
     if options.predict and (options.checkpoint or options.save or options.figures):
         parser.error("--predict writes no files")
     curves = options.figures and options.figures / "curves.png"
+    files = []
     for path in filter(None, (options.checkpoint, options.save, curves)):
-        file = Path(os.path.realpath(path.expanduser()))
+        file = Path(os.path.realpath(_path(path)))
+        if not {file, *file.parents}.isdisjoint(files):
+            parser.error("--checkpoint, --save and --figures need a place each")
+        files.append(file)
         parent = next(parent for parent in file.parents if parent.exists())
         if file.is_dir() or not (parent.is_dir() and os.access(parent, os.W_OK)):
             parser.error(f"{path}: cannot be written")

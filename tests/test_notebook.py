@@ -149,7 +149,6 @@ def test_a_point_that_is_not_met_is_named_at_the_end(notebook, capsys):
     ("content", "why"),
     [
         (b'\n__version__ = "2.3.0"\n', "not version 3 of velasoka"),
-        (b"<html>Sign in</html>", "not version 3 of velasoka"),
         (b"\xff\xfe", "can't decode"),
         (None, "HTTP Error 404"),
     ],

@@ -66,6 +66,8 @@ def test_an_interrupt_returns_the_history_and_the_best_weights(error, place):
     history, model = run_with(error, place)
     assert (history.status, len(history.train), len(history.test)) == ("interrupted", 1, 1)
     assert loss_of(model) == pytest.approx(history.test[0].loss, rel=1e-5)
+    history, _ = run_with(error, "test", at=0)  # which is read before the first epoch
+    assert (history.status, history.train) == ("interrupted", [])
 
 
 def test_an_interrupt_says_in_one_line_what_the_model_holds_and_what_is_kept(capsys):
@@ -131,15 +133,17 @@ def test_a_loss_that_is_not_finite_ends_training_and_is_named():
     assert len(said) == 1
     assert (history.status, len(history.test)) == ("diverged", 1)
     assert loss_of(model) == pytest.approx(history.test[0].loss, rel=1e-5)
+    model = linear_model()
+    optimizer = velasoka.get_sgd_optimizer(model, 0.01)
     with pytest.warns(UserWarning, match=r"epoch 1 of 2.*first weights.*since batch 1"):
-        _, model = tiny_run(loss_fn=overflow(at=range(10)))
+        _, model = tiny_run(model, optimizer, overflow(at=range(10)))
     assert torch.equal(weights_of(model), weights_of(linear_model()))
+    assert tiny_run(model, optimizer)[0].status == "completed"  # nothing infinite is left in it
 
 
 ERRORS = [
     KeyError("mine"),
     FloatingPointError("mine"),  # only a loss that the loops find not finite has diverged
-    RuntimeError(EXITED),
     RuntimeError(KILLED + "Killed. "),
     SystemExit(3),
 ]
