@@ -1622,7 +1622,6 @@ def _trace(model, input_size):
 _WINDOWED = {  # what slides a window, and its arguments in order
     "conv2d": ("input", "weight", "bias", "stride", "padding", "dilation"),
     "max_pool2d": ("input", "kernel_size", "stride", "padding", "dilation"),
-    "max_pool2d_with_indices": ("input", "kernel_size", "stride", "padding", "dilation"),
     "avg_pool2d": ("input", "kernel_size", "stride"),
 }
 _POOLING = "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "sum", "amax", "amin"
@@ -1655,7 +1654,7 @@ class _ViewTracer(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         output = function(*args, **kwargs)
-        name = function.__name__
+        name = function.__name__.removesuffix("_with_indices")
         seen = [leaf.seen for leaf in tree_leaves((args, kwargs)) if hasattr(leaf, "seen")]
         outputs = [leaf for leaf in tree_leaves(output) if torch.is_tensor(leaf)]
         if seen and outputs and not name.startswith("new_"):  # `new_zeros` takes only the dtype
