@@ -67,6 +67,7 @@ NO_WEIGHTS = [  # what is in the file, and what is said of it
     (pickle.dumps(Bomb(), protocol=2), "not a file of weights"),
     (Bomb(), "not a file of weights"),
     ([1, 2], "not a file of weights"),
+    ({"best": 93.1, 3: "x"}, "not the weights of this"),
     ({"best": 93.1, "history": []}, "not the weights of this"),
     (velasoka.DilatedModel(fm_size=4).state_dict(), r"c2\.3\.weight"),
     (WEIGHTS | {"c4.1.bias": torch.zeros(11)}, r"c4.1.bias: \[11\]"),
