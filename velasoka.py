@@ -1894,8 +1894,8 @@ _EPILOG = """examples:
   python velasoka.py --load net.pt --predict cat.jpg truck.png
 
 exit status:
-  0 trained, and reached the target if there is one; 1 missed it, or diverged;
-  2 wrong option or no data; 130 interrupted"""
+  0 done, the target reached if there is one; 1 target missed, or diverged;
+  2 wrong option, no data or no picture; 130 interrupted"""
 
 
 def _parse(arguments):
@@ -1910,10 +1910,10 @@ def _parse(arguments):
     add = parser.add_argument
     add("--model", choices=[*MODELS, "all"], help="default: dilated-depthwise")
     add("--epochs", type=int, help="default: 1")
-    add("--target", type=float, help="accuracy in percent to stop at (80 without --epochs)")
+    add("--target", type=float, help="accuracy in percent to stop at (80; with --epochs none)")
     add("--data", type=Path, help="folder of CIFAR-10 (default: ./data)")
     add("--synthetic", action="store_true", help="use drawn pictures instead")
-    add("--download", action="store_true", help="download CIFAR-10 into --data if it is not there")
+    add("--download", action="store_true", help="also download to --data, not only to ./data")
     add("--batch-size", type=int, default=_BATCH_SIZE, help=f"default: {_BATCH_SIZE}")
     add("--lr", type=float, help="peak learning rate (default: what suits the batch size)")
     precisions = ["float32", "bfloat16", "float16"]

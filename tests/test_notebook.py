@@ -200,7 +200,7 @@ def test_the_committed_cells_are_short_and_open_in_colab_on_a_gpu(notebook):
 def test_the_readme_shows_its_pictures_and_its_table(notebook):
     readme = README.read_text()
     rows = re.findall(r"^\| (?:`.*%|(?:two|the same) .*\|$)", notebook.cells[0].source, re.M)
-    assert len(rows) == 5 and all(row in readme for row in rows)
+    assert len(rows) == 6 and all(row in readme for row in rows)
     for name, content in pictures(notebook).items():
         assert f"]({HOME}/benchmarks/{name})" in readme
         assert (REPOSITORY / "benchmarks" / name).read_bytes() == content
@@ -217,5 +217,5 @@ def test_the_examples_in_the_readme_run(monkeypatch):
         exec(example, names)  # noqa: S102
     images, _ = next(iter(names["own_loader"][0]))
     assert images.shape == (2, 3, 64, 64) and names["own_model"].cpu()(images.cpu()).shape == (2, 2)
-    assert names["history"].status == "completed" and Path("run.pt").exists()
+    assert names["history"].status in ("completed", "stopped") and Path("run.pt").exists()
     assert names["parts"][1].dataset is pictures[0] and len(names["parts"][1]) == 10
